@@ -1,0 +1,136 @@
+"""The only place where a family meets its data: ``build(name, profile)`` is what ``aigc train`` and the lessons run."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from . import checkpoints
+from .datasets import load_mnist
+from .gmm import GaussianMixture
+from .runtime import CourseError, pick_device, pick_profile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named model with everything decided: how it is trained on its data, loaded again, and sampled.
+
+    ``train(out=None, on_log=None)`` returns the model, and keeps it in the folder ``out`` if there is one;
+    ``load(out)`` reads it back; ``sample(model, n, rng)`` gives images (n, 1, height, width) in [-1, 1].
+    """
+
+    name: str
+    profile: str
+    train: Callable[..., Any]
+    load: Callable[[Path], Any]
+    sample: Callable[[Any, int, torch.Generator], Tensor]
+
+
+class PCA:
+    """Principal component analysis: an orthonormal basis of the ``d`` directions in which rows vary most.
+
+    ``encode`` gives the scores (n, d) of rows (n, D), ``decode`` the rows nearest to them that the basis can express
+    (Bishop 2006, PRML, section 12.1). ``variances`` holds the variance along every direction, largest first.
+    """
+
+    def __init__(self, mean: Float[Tensor, "D"], basis: Float[Tensor, "D d"], variances: Float[Tensor, "D"]):
+        self.mean, self.basis, self.variances = mean, basis, variances
+
+    @classmethod
+    def fit(cls, x: Float[Tensor, "n D"], d: int) -> "PCA":
+        if not 1 <= d <= min(x.shape):
+            raise CourseError(f"PCA of {x.shape[0]} rows of {x.shape[1]} numbers has no {d} directions: lower d")
+        mean = x.mean(0)
+        centred = x - mean
+        covariance = (centred.T @ centred / len(x)).to("cpu", torch.float64)
+        variances, directions = (t.flip(-1).to(x.device, x.dtype) for t in torch.linalg.eigh(covariance))
+        return cls(mean, directions[:, :d].contiguous(), variances)
+
+    def encode(self, x: Float[Tensor, "n D"]) -> Float[Tensor, "n d"]:
+        return (x - self.mean) @ self.basis
+
+    def decode(self, scores: Float[Tensor, "n d"]) -> Float[Tensor, "n D"]:
+        return self.mean + scores @ self.basis.T
+
+
+@dataclass(frozen=True)
+class DigitMixture:
+    """A mixture of Gaussians over the principal components of images, and the way back to images."""
+
+    pca: PCA
+    mixture: GaussianMixture
+
+    def scores(self, images: Float[Tensor, "n 1 h w"]) -> Float[Tensor, "n d"]:
+        return self.pca.encode(images.flatten(1))
+
+    def images(self, scores: Float[Tensor, "n d"]) -> Float[Tensor, "n 1 h w"]:
+        size = round(self.pca.mean.numel() ** 0.5)
+        return self.pca.decode(scores).clamp(-1, 1).reshape(-1, 1, size, size)
+
+    def sample(self, n: int, rng: torch.Generator) -> Float[Tensor, "n 1 h w"]:
+        return self.images(self.mixture.sample(n, rng))
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor of the model, by name."""
+        pca, mixture = self.pca, self.mixture
+        return {
+            "pca.mean": pca.mean,
+            "pca.basis": pca.basis,
+            "pca.variances": pca.variances,
+            "mixture.weights": mixture.weights_,
+            "mixture.means": mixture.means_,
+            "mixture.covariances": mixture.covariances_,
+        }
+
+    @classmethod
+    def from_weights(cls, weights: Mapping[str, Tensor]) -> "DigitMixture":
+        """The inverse of ``weights``."""
+        mixture = GaussianMixture(len(weights["mixture.weights"]))
+        mixture.weights_, mixture.means_ = weights["mixture.weights"], weights["mixture.means"]
+        mixture.covariances_ = weights["mixture.covariances"]
+        return cls(PCA(weights["pca.mean"], weights["pca.basis"], weights["pca.variances"]), mixture)
+
+
+# The floor keeps a component that has gathered a few like images from collapsing: 1e-3 against variances of the
+# scores between 1 and 200.
+GMM = {
+    "quick": {"rows": 20_000, "n_components": 40, "max_iter": 15},
+    "full": {"rows": 60_000, "n_components": 150, "max_iter": 60},
+}
+
+
+def _gmm(profile: str, seed: int, device: torch.device) -> Recipe:
+    settings = dict(GMM[profile])
+    rows = settings.pop("rows")
+
+    def train(out: Path | None = None, on_log: Callable[[int, dict[str, float]], None] | None = None) -> DigitMixture:
+        images = load_mnist(train=True, device=device).images[:rows].flatten(1)
+        pca = PCA.fit(images, 50)
+        mixture = GaussianMixture(**settings, tol=0.01, reg_covar=1e-3, seed=seed).fit(pca.encode(images))
+        model = DigitMixture(pca, mixture)
+        if on_log is not None:
+            on_log(len(mixture.log_likelihoods_) - 1, {"log_likelihood": mixture.log_likelihoods_[-1]})
+        if out is not None:
+            card = {"recipe": "gmm", "profile": profile, "seed": seed, "log_likelihood": mixture.log_likelihoods_[-1]}
+            checkpoints.save(Path(out) / "model", model.weights(), card=card)
+        return model
+
+    def load(out: Path) -> DigitMixture:
+        return DigitMixture.from_weights(checkpoints.load(Path(out) / "model", device=device).weights)
+
+    return Recipe(name="gmm", profile=profile, train=train, load=load, sample=DigitMixture.sample)
+
+
+RECIPES = {"gmm": _gmm}
+NAMES = tuple(RECIPES)
+
+
+def build(name: str, profile: str | None = None, *, seed: int = 0, device: str = "auto") -> Recipe:
+    """The recipe called ``name`` at ``profile``, "quick" or "full". Raises ``CourseError`` for a name that is none."""
+    if name not in RECIPES:
+        raise CourseError(f"there is no recipe {name!r}: choose from {', '.join(NAMES)}")
+    return RECIPES[name](pick_profile(profile), seed, pick_device(device))

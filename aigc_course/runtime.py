@@ -1,0 +1,81 @@
+"""This machine: where files live, which device and precision to use, and where randomness comes from."""
+
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+
+PROFILES = ("quick", "full")
+
+
+class CourseError(Exception):
+    """A mistake that its user can mend: the shell prints the message alone, without a traceback."""
+
+
+def course_dir() -> Path:
+    """The folder of the course: the one that holds ``notebooks/`` and ``aigc_course/``."""
+    return Path(__file__).resolve().parent.parent
+
+
+def data_dir() -> Path:
+    """Where the data sets lie: ``AIGC_DATA_DIR``, or ``data/`` in the course's folder."""
+    return Path(os.environ.get("AIGC_DATA_DIR") or course_dir() / "data").expanduser()
+
+
+def run_dir(name: str) -> Path:
+    """Where the run called ``name`` keeps its files: ``AIGC_RUN_DIR/name``, or ``runs/name`` in the course's folder."""
+    return Path(os.environ.get("AIGC_RUN_DIR") or course_dir() / "runs").expanduser() / name
+
+
+def pick_profile(profile: str | None = None) -> str:
+    """``"quick"`` or ``"full"``: what is asked for, else the environment variable ``AIGC_PROFILE``, else quick."""
+    chosen = profile or os.environ.get("AIGC_PROFILE") or "quick"
+    if chosen not in PROFILES:
+        raise CourseError(f"there is no profile {chosen!r}: set PROFILE (or AIGC_PROFILE) to 'quick' or 'full'")
+    return chosen
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """The device to compute on: ``"auto"`` takes CUDA, else Apple's MPS, else the CPU.
+
+    Raises ``CourseError`` if a device is named that this machine does not have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise CourseError(f"there is no device {name!r}: set DEVICE to 'auto', 'cpu', 'cuda' or 'mps'") from error
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if not available.get(device.type, False):
+        raise CourseError(f"this machine has no device {str(device)!r}: set DEVICE to 'auto' or 'cpu'")
+    return device
+
+
+def pick_precision(device: torch.device, name: str = "auto") -> torch.dtype:
+    """The type that matrix products are computed in: ``"auto"`` takes bfloat16 on a GPU that has it, else float32.
+
+    ``"fp32"`` and ``"bf16"`` are taken at their word. Weights and optimizer state stay in float32 whatever this says.
+    """
+    if name == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if bf16 else "fp32"
+    if name not in ("fp32", "bf16"):
+        raise CourseError(f"there is no precision {name!r}: choose 'auto', 'fp32' or 'bf16'")
+    return torch.bfloat16 if name == "bf16" else torch.float32
+
+
+def seed_for(*key: int | str) -> int:
+    """A 63-bit seed that is a pure function of ``key``, such as ``(seed, "step", 17)``; unlike keys, unlike seeds."""
+    digest = hashlib.sha256(repr(key).encode("utf-8")).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def rng_for(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
+    """A generator whose stream is a pure function of ``key``; the global generators are left alone."""
+    return torch.Generator(device=device).manual_seed(seed_for(*key))

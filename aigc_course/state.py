@@ -1,0 +1,160 @@
+"""What training changes: the networks, their optimizers and averages, and the record of how it went."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .runtime import CourseError
+
+
+class NotFiniteError(CourseError):
+    """A loss or a gradient was infinite or not a number; the update was skipped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How to train. ``steps`` and ``batch_size`` count over all ranks; an epoch drops its incomplete last batch.
+
+    ``clip_norm`` bounds the norm of each update's gradient; ``ema`` maps a network's name to the decay of its
+    exponential moving average. A checkpoint is written every ``checkpoint_every`` steps and at the end.
+    """
+
+    steps: int
+    batch_size: int
+    seed: int = 0
+    device: str = "auto"
+    precision: str = "auto"
+    clip_norm: float | None = None
+    ema: Mapping[str, float] = field(default_factory=dict)
+    checkpoint_every: int = 500
+    log_every: int = 50
+    keep: int = 2
+
+    def __post_init__(self):
+        for name in ("batch_size", "checkpoint_every", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise CourseError(f"TrainConfig.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.steps < 0:
+            raise CourseError(f"TrainConfig.steps is {self.steps}: it must not be negative")
+        if self.clip_norm is not None and not 0 < self.clip_norm < math.inf:
+            raise CourseError(f"TrainConfig.clip_norm is {self.clip_norm}: it must be a positive number, or None")
+        for name, decay in self.ema.items():
+            if not 0 <= decay < 1:
+                raise CourseError(f"TrainConfig.ema[{name!r}] is {decay}: a decay lies in [0, 1)")
+
+
+class TrainState:
+    """The one mutable object of a run: ``nets`` and ``optimizers`` by name, ``ema``, ``step_count`` and ``history``.
+
+    ``optimizers["vae"]`` decides which parameters ``minimize("vae", loss)`` moves; it need not be those of one network.
+    ``history`` maps the name of each figure that the step returned to its values, one per step.
+    """
+
+    def __init__(self, nets: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer]):
+        self.nets = dict(nets)
+        self.optimizers = dict(optimizers)
+        self.ema: dict[str, AveragedModel] = {}
+        self.step_count = 0
+        self.history: dict[str, list[float]] = {}
+        self.clip_norm: float | None = None
+        self.device = next((p.device for net in self.nets.values() for p in net.parameters()), torch.device("cpu"))
+
+    def prepare(self, device: torch.device, clip_norm: float | None, ema: Mapping[str, float]) -> None:
+        """Move the networks to ``device`` and start the averages that do not exist yet."""
+        if unknown := sorted(set(ema) - set(self.nets)):
+            raise CourseError(f"TrainConfig.ema names {unknown[0]!r}, but the networks are {sorted(self.nets)}")
+        self.device, self.clip_norm = device, clip_norm
+        for net in (*self.nets.values(), *self.ema.values()):
+            net.to(device)
+        for name, decay in ema.items():
+            if name not in self.ema:
+                self.ema[name] = AveragedModel(self.nets[name], multi_avg_fn=get_ema_multi_avg_fn(decay))
+
+    def minimize(self, name: str, loss: Tensor) -> None:
+        """One update of ``optimizers[name]`` on the scalar ``loss``; no other parameter gets a gradient.
+
+        Gradients are averaged over ranks and clipped to ``clip_norm``. Raises ``NotFiniteError``, and moves nothing,
+        if the loss or the gradient is not finite.
+        """
+        if name not in self.optimizers:
+            raise CourseError(f"minimize({name!r}, …): the optimizers are {sorted(self.optimizers)}")
+        if loss.numel() != 1:
+            raise CourseError(f"the loss {name!r} has shape {tuple(loss.shape)}: a loss is one number, take its mean")
+        optimizer = self.optimizers[name]
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward(inputs=parameters)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        if not gradients:
+            raise CourseError(f"the loss {name!r} reaches no parameter of optimizers[{name!r}]: is something detached?")
+        value = average_over_ranks([loss.detach().clone(), *gradients])
+        norm = nn.utils.get_total_norm(gradients)
+        if not math.isfinite(value):
+            raise NotFiniteError(f"the loss {name!r} is {float(value)}")
+        if not math.isfinite(norm):
+            raise NotFiniteError(f"the gradient of the loss {name!r} has norm {float(norm)}")
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    def update_averages(self) -> None:
+        """Let every average follow its network: the step after which it is called counts."""
+        for name, average in self.ema.items():
+            average.update_parameters(self.nets[name])
+
+    def weights(self) -> dict[str, Tensor]:
+        """Every tensor that inference may need, by name: ``vae/…`` for networks, ``ema.vae/…`` for their averages."""
+        return {f"{name}/{key}": value for name, net in self._modules() for key, value in net.state_dict().items()}
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """The inverse of ``weights``."""
+        for name, net in self._modules():
+            prefix = f"{name}/"
+            net.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+
+    def _modules(self) -> list[tuple[str, nn.Module]]:
+        return [*self.nets.items(), *((f"ema.{name}", average) for name, average in self.ema.items())]
+
+    def training(self) -> dict:
+        """What only a resumed run needs: the optimizers' state, the step and the history."""
+        return {
+            "step": self.step_count,
+            "history": {name: list(values) for name, values in self.history.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+        }
+
+    def load_training(self, training: Mapping) -> None:
+        """The inverse of ``training``."""
+        for name, optimizer in self.optimizers.items():
+            saved = training["optimizers"].get(name, {"param_groups": []})
+            then = [_settings(group) for group in saved["param_groups"]]
+            now = [_settings(group) for group in optimizer.state_dict()["param_groups"]]
+            if then != now:
+                raise CourseError(
+                    f"optimizers[{name!r}] has the settings {now}, the saved run {then}: choose another out"
+                )
+        self.step_count = training["step"]
+        self.history = {name: list(values) for name, values in training["history"].items()}
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(training["optimizers"][name])
+
+
+def _settings(group: Mapping) -> dict:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def average_over_ranks(tensors: list[Tensor]) -> Tensor:
+    """Average ``tensors`` in place over the ranks of a distributed run, if there is one; returns the first."""
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+            tensor /= dist.get_world_size()
+    return tensors[0]
