@@ -119,7 +119,7 @@ def speed_rows(device: str, cores: int, memory: int) -> list[Row]:
     """What will be slow here: ``device`` is its type, ``memory`` is in bytes."""
     rows = []
     if device == "cpu":
-        rows.append(Row("no GPU", "the quick profile takes minutes; the full profile takes hours", "slow"))
+        rows.append(Row("no GPU", "the quick profile takes minutes; the full profile can take hours", "slow"))
     if memory < 8 * 2**30:
         rows.append(Row("memory", f"{memory / 2**30:.1f} GiB, under 8: keep one notebook open at a time", "slow"))
     if cores < 4:

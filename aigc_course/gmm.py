@@ -33,18 +33,19 @@ def gaussian_log_prob(
     if full := cholesky.ndim == 3:
         identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
         inverse = torch.linalg.solve_triangular(cholesky, identity, upper=False)
-    squared_distance = []  # (x - mean)ᵀ covariance⁻¹ (x - mean) is |z|², where z = L⁻¹ (x - mean)
-    for block in x.split(_block_size(means)):
-        centred = block - means[:, None]
+    squared_distance = x.new_empty(len(x), len(means))
+    for rows in _blocks(x, means):  # (x - mean)ᵀ covariance⁻¹ (x - mean) is |z|², where z = L⁻¹ (x - mean)
+        centred = x[rows] - means[:, None]
         z = centred @ inverse.mT if full else centred / cholesky[:, None]
-        squared_distance.append(z.square().sum(-1).T)
+        squared_distance[rows] = z.square().sum(-1).T
     log_det = _diagonals(cholesky).log().sum(-1)  # half the log-determinant of the covariance
-    return -0.5 * (torch.cat(squared_distance) + x.shape[1] * math.log(2 * math.pi)) - log_det
+    return -0.5 * (squared_distance + x.shape[1] * math.log(2 * math.pi)) - log_det
 
 
-def _block_size(means: Tensor) -> int:
+def _blocks(x: Tensor, means: Tensor) -> list[slice]:
     # All differences x - mean together, (k, n, d), can fill the memory; those of a block of samples fit the cache.
-    return max(128, 2**18 // means.numel())
+    size = max(128, 2**18 // means.numel())
+    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def _diagonals(matrices: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ def _cholesky(covariances: Tensor) -> tuple[Tensor, Tensor]:
     else:
         factors, info = covariances.sqrt(), torch.zeros_like(covariances[:, 0])
     # A squared pivot is the variance that the coordinates before leave to this one: none, if it is lost in rounding.
-    rounding = covariances.shape[1] * torch.finfo(covariances.dtype).eps * _diagonals(covariances)
+    rounding = 10 * torch.finfo(covariances.dtype).eps * _diagonals(covariances)
     return factors, (info == 0) & (_diagonals(factors).square() > rounding).all(-1)
 
 
@@ -109,8 +110,8 @@ def m_step(
 
     full = covariance == "full"
     scatter = 0.0
-    for block, r in zip(x.split(_block_size(means)), responsibilities.split(_block_size(means)), strict=True):
-        y = r.T.sqrt()[:, :, None] * (block - means[:, None])
+    for rows in _blocks(x, means):
+        y = responsibilities[rows].T.sqrt()[:, :, None] * (x[rows] - means[:, None])
         scatter = scatter + (y.mT @ y if full else y.square().sum(1))  # YᵀY has no negative eigenvalue
     covariances = scatter / (counts[:, None, None] if full else counts[:, None])  # (9.25)
     _diagonals(covariances).add_(reg_covar)
@@ -131,9 +132,10 @@ class GaussianMixture:
 
     ``covariance`` is ``"full"`` or ``"diag"``. Without ``init``, a triple (weights, means, covariances), EM starts from
     k-means++ centres (Arthur and Vassilvitskii 2007), drawn from ``seed``; of ``n_init`` such starts the best final
-    log-likelihood wins. A start takes at most ``max_iter`` M steps, and stops once the mean log-likelihood changes by
-    less than ``tol`` nats per sample. ``reg_covar``, in squared units of x, is added to every variance. With this floor
-    the M step no longer maximises, and EM is no longer exactly monotone: the log-likelihood can fall.
+    log-likelihood wins, and one that collapses is passed over unless all do. A start takes at most ``max_iter`` M
+    steps, and stops once the mean log-likelihood changes by less than ``tol`` nats per sample. ``reg_covar``, in
+    squared units of x, is added to every variance. With this floor the M step no longer maximises, and EM is no longer
+    exactly monotone: the log-likelihood can fall.
 
     ``fit`` learns ``weights_`` (k,), ``means_`` (k, d), ``covariances_`` (k, d, d) or (k, d), ``converged_`` and
     ``log_likelihoods_``: floats, the mean log-likelihood per sample in nats before each M step, and last that of the
@@ -167,10 +169,17 @@ class GaussianMixture:
     def fit(self, x: Tensor) -> "GaussianMixture":
         """Fit the mixture to samples (n, d), n at least ``n_components`` and 2; returns itself."""
         _check_samples(x, at_least=max(2, self.n_components))
-        if self.init is not None:
-            runs = [self._em(x, *self._given_start(x))]
-        else:
-            runs = [self._em(x, *self._drawn_start(x, rng_for(self.seed, "gmm", i))) for i in range(self.n_init)]
+        runs, collapse = [], None
+        for i in range(self.n_init if self.init is None else 1):
+            try:
+                start = (
+                    self._drawn_start(x, rng_for(self.seed, "gmm", i)) if self.init is None else self._given_start(x)
+                )
+                runs.append(self._em(x, *start))
+            except MixtureError as error:  # of several starts one may collapse; the others go on
+                collapse = error
+        if not runs:
+            raise collapse
         best = max(runs, key=lambda run: run[1][-1])
         (self.weights_, self.means_, self.covariances_), self.log_likelihoods_, self.converged_ = best
         return self

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import statistics
+import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -68,14 +69,15 @@ def begin(lesson: str, profile: str | None = None, seed: int = 0) -> str:
 
 def show(*objects: Callable) -> None:
     """Display the live source of each function or class, with its file and line."""
-    from IPython.display import Code, display
+    from IPython.display import display
 
-    for thing in objects:
+    for thing in map(inspect.unwrap, objects):
         lines, first = inspect.getsourcelines(thing)
         path = Path(inspect.getsourcefile(thing))
         if path.is_relative_to(course_dir()):
             path = path.relative_to(course_dir())
-        display(Code(f"# {path.as_posix()}, line {first}\n{inspect.cleandoc(''.join(lines))}", language="python"))
+        code = f"# {path.as_posix()}, line {first}\n{textwrap.dedent(''.join(lines)).rstrip()}"
+        display({"text/markdown": f"```python\n{code}\n```", "text/plain": code}, raw=True)
 
 
 def verify(
@@ -99,26 +101,28 @@ def verify(
     """
     if relation not in RELATIONS:
         raise CourseError(f"verify({tag!r}): the relation {relation!r} is not one of {', '.join(RELATIONS)}")
-    if left is right:
+    if left is right and isinstance(left, torch.Tensor):
         raise CourseError(f"verify({tag!r}): both sides are the same object, which proves nothing")
     left, right = _exact(left), _exact(right)
     slack = atol + rtol * right.abs()
-    allowed = f"{float(slack.max()):.2g}" if slack.numel() else "0"
     if stderr is not None:
         stderr = _exact(stderr)
         if not (stderr > 0).all() or not stderr.isfinite().all():
             raise CourseError(f"verify({tag!r}): a standard error must be positive and finite")
         slack = slack + 4 * stderr
-        allowed = "4 standard errors"
     difference = left - right
     excess = {"==": difference.abs(), "<=": difference, ">=": -difference}[relation]
     passed = bool((excess <= slack).all()) and difference.numel() > 0
-    if stderr is not None:
-        measured = f"{float((difference / stderr).abs().max()):.1f} standard errors"
+    if not difference.numel():
+        measured = "there is nothing to compare"
+    elif stderr is not None:
+        measured = f"largest difference {float((difference / stderr).abs().max()):.1f} standard errors, allowed 4"
+    elif relation == "==":
+        measured = f"largest difference {float(excess.max()):.2g}, allowed {float(slack.max()):.2g}"
     else:
-        measured = f"{float(excess.max()):.2g}" if difference.numel() else "nothing to compare"
-    what = "largest difference" if relation == "==" else f"largest excess over {RELATIONS[relation]}"
-    line = f"{'✓' if passed else '✗'} ({tag}) {note + ': ' if note else ''}{what} {measured}, allowed {allowed}"
+        margin = f"smallest margin {float(-excess.max()):.2g}, allowed {float(-slack.max()):.2g}"
+        measured = f"left {RELATIONS[relation]} right, {margin}"
+    line = f"{'✓' if passed else '✗'} ({tag}) {note + ': ' if note else ''}{measured}"
     _ledger.claims[tag, note] = Claim(tag, passed, line)
     print(line)
     if not passed:
@@ -162,7 +166,7 @@ def finish() -> None:
     for f in figures:
         band = "no band for this profile yet" if f.low is None else f"band {f.low:.4g} to {f.high:.4g}"
         print(f"{f.name}: {f.value:.4g} {f.unit} ({band}; control {f.control:.4g})")
-    print(f"{len(tags)} numbered claims verified, {len(figures)} figures recorded.")
+    print(f"numbered claims verified: {len(tags)}; figures recorded: {len(figures)}")
 
 
 def lesson_tags(lesson: str) -> list[str]:

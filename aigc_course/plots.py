@@ -114,7 +114,7 @@ def ellipses(axes: Axes, means: Float[Tensor, "k 2"], covariances: Float[Tensor,
             axes.add_patch(
                 Ellipse(mean.tolist(), major, minor, angle=angle, fill=False, color=colour, lw=2.2 - 0.6 * radius)
             )
-        axes.plot(*mean.tolist(), marker="P", color=colour, markeredgecolor="white", markersize=10)
+        axes.plot(*mean.tolist(), marker="P", color=colour, markeredgecolor="white", markersize=8)
 
 
 def lines(

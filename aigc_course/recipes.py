@@ -97,20 +97,14 @@ class DigitMixture:
 
 # The floor keeps a component that has gathered a few like images from collapsing: 1e-3 against variances of the
 # scores between 1 and 200.
-GMM = {
-    "quick": {"rows": 20_000, "n_components": 40, "max_iter": 15},
-    "full": {"rows": 60_000, "n_components": 150, "max_iter": 60},
-}
+GMM = {"quick": {"n_components": 40, "max_iter": 20}, "full": {"n_components": 200, "max_iter": 60}}
 
 
 def _gmm(profile: str, seed: int, device: torch.device) -> Recipe:
-    settings = dict(GMM[profile])
-    rows = settings.pop("rows")
-
     def train(out: Path | None = None, on_log: Callable[[int, dict[str, float]], None] | None = None) -> DigitMixture:
-        images = load_mnist(train=True, device=device).images[:rows].flatten(1)
+        images = load_mnist(train=True, device=device).images.flatten(1)
         pca = PCA.fit(images, 50)
-        mixture = GaussianMixture(**settings, tol=0.01, reg_covar=1e-3, seed=seed).fit(pca.encode(images))
+        mixture = GaussianMixture(**GMM[profile], tol=0.01, reg_covar=1e-3, seed=seed).fit(pca.encode(images))
         model = DigitMixture(pca, mixture)
         if on_log is not None:
             on_log(len(mixture.log_likelihoods_) - 1, {"log_likelihood": mixture.log_likelihoods_[-1]})

@@ -204,7 +204,7 @@ class Progress:
         self.steps, self.every = steps, every
 
     def __enter__(self) -> "Progress":
-        self.start, self.shown, self.line, self.handle = time.monotonic(), -math.inf, "", None
+        self.start, self.shown, self.step, self.line, self.handle = time.monotonic(), -math.inf, 0, "", None
         return self
 
     def __exit__(self, *_) -> None:
@@ -212,7 +212,7 @@ class Progress:
             self._show(last=True)
 
     def update(self, step: int, figures: dict[str, float]) -> None:
-        now = time.monotonic()
+        self.step, now = step, time.monotonic()
         numbers = " · ".join(f"{name} {value:.4g}" for name, value in figures.items())
         self.line = f"step {step}/{self.steps} · {numbers} · {now - self.start:.0f} s"
         if now - self.shown >= self.every:
@@ -229,7 +229,9 @@ class Progress:
             else:
                 self.handle.update(bundle, raw=True)
         elif sys.stderr.isatty():
-            print(f"\r\033[K{self.line}", end="\n" if last else "", file=sys.stderr, flush=True)
+            filled = 20 * self.step // max(1, self.steps)
+            bar = f"[{'#' * filled}{'.' * (20 - filled)}]"
+            print(f"\r\033[K{bar} {self.line}", end="\n" if last else "", file=sys.stderr, flush=True)
 
 
 def _in_notebook() -> bool:

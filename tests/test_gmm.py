@@ -13,6 +13,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as ScikitMixture
 from torch import distributions as D
 
+from aigc_course.datasets import toy_2d
 from aigc_course.gmm import GaussianMixture, MixtureError, e_step, gaussian_log_prob, m_step
 from aigc_course.runtime import CourseError, rng_for
 
@@ -380,6 +381,18 @@ def test_a_collapse_is_named_and_a_floor_mends_it(covariance):
     assert math.isfinite(mixture.log_likelihoods_[-1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_samples_on_a_line_are_a_collapse_whatever_rounding_leaves(dtype):
+    for seed in range(20):
+        rng = rng_for("line", seed)
+        t, direction = (
+            torch.randn(50, 1, generator=rng, dtype=dtype),
+            torch.rand(1, 2, generator=rng, dtype=dtype) + 0.5,
+        )
+        with pytest.raises(MixtureError, match="component 0 has collapsed"):
+            m_step(t * direction, torch.ones(50, 1, dtype=dtype))
+
+
 def test_a_collapse_on_the_way_names_its_component():
     """Component 1 starts narrow at an outlier among others, and EM shrinks it onto that sample."""
     x = torch.cat([torch.randn(30, 1, generator=rng_for("outlier"), dtype=torch.float64), torch.tensor([[7.7]])])
@@ -460,3 +473,12 @@ def test_bad_input_is_one_clear_line(case):
         call()
     assert isinstance(caught.value, CourseError)
     assert "\n" not in str(caught.value)
+
+
+def test_of_several_starts_a_collapsed_one_is_passed_over():
+    x = toy_2d("mixture", 40, torch.Generator().manual_seed(0), dtype=torch.float64)
+    collapsing = GaussianMixture(4, reg_covar=0.0)
+    with pytest.raises(MixtureError, match="collapsed"):
+        collapsing.fit(x)
+    several = GaussianMixture(4, reg_covar=0.0, n_init=10).fit(x)
+    assert several.log_likelihoods_[-1] == pytest.approx(several.log_prob(x).mean().item())

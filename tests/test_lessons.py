@@ -157,7 +157,7 @@ def test_the_record_says_what_was_verified(course, capsys):
     written = record_of(course)
     assert (written["lesson"], written["profile"], written["seed"], written["passed"]) == (LESSON, "quick", 3, True)
     assert [claim["tag"] for claim in written["claims"]] == ["9.1", "9.1", "9.2"]
-    assert "2 numbered claims verified" in capsys.readouterr().out
+    assert "numbered claims verified: 2" in capsys.readouterr().out
 
 
 def test_begin_forgets_the_lesson_before_and_refuses_what_is_not_there(course):
@@ -187,6 +187,8 @@ def test_a_band_is_four_standard_deviations_and_never_empty():
 
 def test_show_prints_the_live_source(course, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr("IPython.display.display", lambda code: seen.append(code.data))
-    show(band)
-    assert "lessons.py, line" in seen[0] and "def band(" in seen[0] and "statistics.stdev" in seen[0]
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: seen.append(bundle["text/plain"]))
+    show(band, lessons.Claim)
+    assert "lessons.py, line" in seen[0] and "\ndef band(" in seen[0] and "statistics.stdev" in seen[0]
+    for code in seen:
+        compile(code, "shown", "exec")  # indented as it stands in the file

@@ -34,7 +34,23 @@ class Mutant:
 GMM = "01_gaussian_mixtures"
 MUTANTS = [
     Mutant(GMM, "log-determinant with the wrong sign", "gmm.gaussian_log_prob", "- log_det", "+ log_det", "1.5"),
-    Mutant(GMM, "the constant without d", "gmm.gaussian_log_prob", "x.shape[1] * math.log", "math.log", "1.5"),
+    Mutant(GMM, "the constant without its d", "gmm.gaussian_log_prob", "x.shape[1] * math.log", "math.log", "1.5"),
+    Mutant(GMM, "no weights in Bayes' rule", "gmm.e_step", "weights.log() + ", "", "1.5"),
+    Mutant(GMM, "softmax over the samples", "gmm.e_step", "softmax(1)", "softmax(0)", "1.6"),
+    Mutant(
+        GMM, "naive logarithm of a sum", "gmm.e_step", "log_joint.logsumexp(1)", "log_joint.exp().sum(1).log()", "1.7"
+    ),
+    Mutant(GMM, "posterior sharpened", "gmm.e_step", "softmax(1)", "mul(2).softmax(1)", "1.11"),
+    Mutant(
+        GMM, "weights never learnt", "gmm.m_step", "counts / len(x)", "torch.ones_like(counts) / len(counts)", "1.12"
+    ),
+    Mutant(GMM, "means over all samples", "gmm.m_step", "@ x / counts[:, None]", "@ x / len(x)", "1.13"),
+    Mutant(GMM, "second moments about zero", "gmm.m_step", "(x[rows] - means[:, None])", "x[rows]", "1.14"),
+    Mutant(GMM, "responsibilities squared", "gmm.m_step", ".T.sqrt()", ".T", "1.14"),
+    Mutant(GMM, "a floor nobody asked for", "gmm.m_step", "add_(reg_covar)", "add_(reg_covar + 0.1)", "1.14"),
+    Mutant(GMM, "bound that cannot touch", "gmm.e_step", "softmax(1)", "mul(0.5).softmax(1)", "1.15"),
+    Mutant(GMM, "BIC with the wrong sign", "gmm.GaussianMixture", "return -2 *", "return 2 *", "1.17"),
+    Mutant(GMM, "weights counted as free", "gmm.GaussianMixture", "return (k - 1) +", "return k +", "1.17"),
 ]
 
 
@@ -53,19 +69,23 @@ def defined(cell: str) -> set[str]:
     return names
 
 
-def used(cell: str) -> set[str]:
-    return {n.id for n in ast.walk(ast.parse(cell)) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+def needed_by(cell: str) -> set[str]:
+    """The names that a cell uses and does not bind itself, at its top level or inside its functions."""
+    nodes = list(ast.walk(ast.parse(cell)))
+    names = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+    bound = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return names - bound - {n.arg for n in nodes if isinstance(n, ast.arg)} - defined(cell)
 
 
 def cells_leading_to(lesson: str, tag: str) -> list[str]:
-    """The code cells that verify ``tag`` and, going backwards, every cell that binds a name they need."""
+    """The code cells that verify ``tag`` and, going backwards, the nearest cell that binds each name they need."""
     notebook = nbformat.read(course_dir() / "notebooks" / f"{lesson}.ipynb", as_version=4)
-    chosen, needed = [], {"PROFILE"}
+    chosen, needed = [], set()
     for cell in reversed([cell.source for cell in notebook.cells if cell.cell_type == "code"]):
-        quoted = f'"{tag}"'
-        if ("verify(" in cell and quoted in cell) or "begin(" in cell or defined(cell) & needed:
+        claims = "verify(" in cell and f'"{tag}"' in cell
+        if claims or "begin(" in cell or defined(cell) & needed:
             chosen.insert(0, cell)
-            needed |= used(cell)
+            needed = (needed - defined(cell)) | needed_by(cell)
     return chosen
 
 

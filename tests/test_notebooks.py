@@ -124,6 +124,7 @@ def test_no_widget_or_figure_is_left_to_chance(path):
 def test_a_code_cell_shows_a_screenful_at_most(path):
     for cell in cells(path):
         assert len(cell.source.splitlines()) <= 25, cell.id
+        assert max(map(len, cell.source.splitlines())) <= 110, cell.id
         for output in cell.outputs:
             if output.output_type == "stream":
                 assert len(output.text.splitlines()) <= 25, cell.id

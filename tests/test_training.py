@@ -291,6 +291,34 @@ def test_bf16_computes_in_bf16_and_keeps_float32_weights():
     assert all(p.dtype == torch.float32 for p in state.nets["model"].parameters())
 
 
+def test_progress_is_a_bar_in_a_terminal_and_silent_elsewhere(capsys, monkeypatch):
+    fit(denoise_step, new_state(), DATA, config(log_every=1))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    fit(denoise_step, new_state(), DATA, config(log_every=1))
+    shown = capsys.readouterr().err
+    assert shown.endswith("s\n") and "[####################] step 25/25" in shown
+    assert shown.count("\r") <= 4  # twice a second at most, and the last
+
+
+def test_progress_in_a_notebook_is_one_display_that_is_updated(monkeypatch):
+    class Handle:
+        def update(self, bundle, raw):
+            lines.append(bundle["text/plain"])
+
+    def display(bundle, raw, display_id):
+        lines.append(bundle["text/plain"])
+        displays.append(display_id)
+        return Handle()
+
+    lines, displays = [], []
+    monkeypatch.setattr("aigc_course.training._in_notebook", lambda: True)
+    monkeypatch.setattr("IPython.display.display", display)
+    fit(denoise_step, new_state(), DATA, config(log_every=1))
+    assert displays == [True]
+    assert lines[0].startswith("step 1/25") and lines[-1].startswith("step 25/25")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
