@@ -74,8 +74,8 @@ def image_grid(
 
 def save_image_grid(images: Float[Tensor, "n c h w"], path: str | Path, *, columns: int = 8) -> None:
     """Write ``images`` in [-1, 1] as one PNG file, pixel for pixel."""
-    tile = _tile(images, min(columns, len(images)), 2)
-    matplotlib.image.imsave(str(path), tile, cmap="gray", vmin=0, vmax=1)
+    tile = (255 * _tile(images, min(columns, len(images)), 2)).round().astype("uint8")
+    matplotlib.image.imsave(str(path), tile if tile.ndim == 3 else tile[..., None].repeat(3, axis=-1))
 
 
 def _tile(images: Tensor, columns: int, pad: int):
@@ -118,7 +118,13 @@ def ellipses(axes: Axes, means: Float[Tensor, "k 2"], covariances: Float[Tensor,
 
 
 def lines(
-    axes: Axes, x: Sequence[float], curves: dict[str, Sequence[float]], *, title: str, xlabel: str, ylabel: str
+    axes: Axes,
+    x: Sequence[float | int],
+    curves: dict[str, Sequence[float | int]],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
 ) -> None:
     """Draw named curves over ``x`` with a title that says what to see, and labelled axes."""
     styles = ("-", "--", "-.", ":")

@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from .plots import png
 
 
-def explorer(draw: Callable[..., Figure], alt: str, **ranges: tuple[int, int]) -> None:
-    """Display ``draw(**values)`` under one integer slider for each of ``ranges`` (name to first and last value).
+def explorer(draw: Callable[..., Figure], alt: str, **ranges: tuple[int, int, int]) -> None:
+    """Display ``draw(**values)`` under one integer slider for each of ``ranges``: name to (first, last, at the start).
 
     A picture already drawn is kept, so moving back is instant. Where no kernel runs, a line says so; put a static
     figure beside it that shows the same.
@@ -19,11 +19,11 @@ def explorer(draw: Callable[..., Figure], alt: str, **ranges: tuple[int, int]) -
 
     sliders = {
         name: ipywidgets.IntSlider(
-            low, low, high, description=name.replace("_", " "), style={"description_width": "initial"}
+            start, low, high, description=name.replace("_", " "), style={"description_width": "initial"}
         )
-        for name, (low, high) in ranges.items()
+        for name, (low, high, start) in ranges.items()
     }
-    picture = ipywidgets.Image(format="png", layout={"max_width": "100%"})
+    picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
     picture_of = lru_cache(maxsize=64)(lambda *values: png(draw(**dict(zip(sliders, values, strict=True)))))
 
     def redraw(_=None) -> None:
