@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from aigc_course import cli, course, datasets, doctor, recipes
+from aigc_course import cli, course, datasets, doctor, pages, recipes
 from aigc_course.runtime import CourseError
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"

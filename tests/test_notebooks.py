@@ -148,10 +148,10 @@ BANDS = sorted((COURSE / "data" / "bands").glob("*.json"))
 @pytest.mark.parametrize("path", BANDS, ids=lambda path: path.stem)
 def test_a_band_comes_from_five_seeds_and_says_how(path):
     bands = json.loads(path.read_text(encoding="utf-8"))
-    assert path.stem in bands["command"]["quick"] or path.stem[:2] in bands["command"]["quick"]
-    for profile in bands["profiles"].values():
-        assert profile
-        for values in profile.values():
+    assert "quick" in bands["profiles"] and bands["profiles"].keys() == bands["command"].keys()
+    for profile, figures in bands["profiles"].items():
+        assert bands["command"][profile] == f"aigc course --bands --profile {profile} {int(path.stem[:2])}"
+        for values in figures.values():
             assert len(values) >= 5 and len(set(values)) > 1
 
 
