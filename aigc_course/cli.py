@@ -19,6 +19,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0, 1 if it found something amiss, 2 for a mistake, 130 after Ctrl-C."""
     args = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a redirected stream may not know the sign ≤
     try:
         return args.command(args)
     except KeyboardInterrupt:
@@ -74,7 +77,7 @@ def check_data(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Train a model as its lesson does; a run that was stopped goes on where it was."""
+    """Train a model as its lesson does."""
     from .runtime import run_dir
 
     recipe, out = _recipe(args), args.out or run_dir(args.name)
@@ -102,10 +105,7 @@ def sample(args: argparse.Namespace) -> int:
 
 def _recipe(args: argparse.Namespace):
     from . import recipes
-    from .runtime import CourseError
 
-    if args.name not in recipes.NAMES:
-        raise CourseError(f"there is no model {args.name!r}: choose from {', '.join(recipes.NAMES)}")
     return recipes.build(args.name, args.profile, seed=args.seed, device=args.device)
 
 

@@ -129,22 +129,21 @@ def measure_bands(
 ) -> bool:
     """Run each lesson once per seed and keep what it recorded in ``data/bands``; returns whether all runs passed.
 
-    A lesson's old values of this profile are set aside while it runs, and come back if a run fails.
+    What a lesson recorded is stored only when all its runs have passed, with the old bands set aside.
     """
     out = out or course_dir() / "build" / "bands"
     for path in paths:
-        stored = course_dir() / "data" / "bands" / f"{path.stem}.json"
-        before = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {"command": {}, "profiles": {}}
-        bands = {part: {name: v for name, v in before[part].items() if name != profile} for part in before}
-        _write_json(stored, bands)
-        results = [run for seed in seeds for _, run in _run_each([path], out, profile, {"SEED": seed})]
+        with patch.dict(os.environ, AIGC_BANDS="measure"):
+            results = [run for seed in seeds for _, run in _run_each([path], out, profile, {"SEED": seed})]
         if not all(result.passed for result in results):
-            _write_json(stored, before)
             return False
-        values = {name: [run.figures[name]["value"] for run in results] for name in results[0].figures}
+        if not results[0].figures:
+            continue
+        stored = course_dir() / "data" / "bands" / f"{path.stem}.json"
+        bands = json.loads(stored.read_text(encoding="utf-8")) if stored.exists() else {"command": {}, "profiles": {}}
         bands["command"][profile] = f"aigc course --bands --profile {profile} {int(path.stem[:2])}"
-        bands["profiles"][profile] = values
-        _write_json(stored, bands)
+        bands["profiles"][profile] = {n: [run.figures[n]["value"] for run in results] for n in results[0].figures}
+        write_atomically(stored, (json.dumps(bands, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
     return True
 
 
@@ -185,10 +184,6 @@ def summary(results: Sequence[Result]) -> str:
         lines.append(f"{result.lesson:<{width}}  {result.seconds:>8.1f}  {result.peak_mb:>8.0f}  {verdict}")
         lines += [f"    {figure_line(name, figure)}" for name, figure in result.figures.items()]
     return "\n".join(lines)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 def _run_each(

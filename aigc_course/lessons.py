@@ -97,7 +97,7 @@ def verify(
     in ``relation`` "<=" or ">=", up to ``atol + rtol * |right|``; with ``stderr`` they are a Monte Carlo figure and its
     target, and may differ by 4 of these standard errors. ``note`` tells several checks of one tag apart.
 
-    Raises ``LessonError`` if the claim does not hold (nothing holds of a NaN).
+    Raises ``LessonError`` if the claim does not hold; nothing holds of a NaN or of infinity.
     """
     if relation not in RELATIONS:
         raise CourseError(f"verify({tag!r}): the relation {relation!r} is not one of {', '.join(RELATIONS)}")
@@ -105,6 +105,7 @@ def verify(
         raise CourseError(f"verify({tag!r}): both sides are the same object, which proves nothing")
     left, right = _exact(left), _exact(right)
     slack = atol + rtol * right.abs()
+    finite = all(bool(side.isfinite().all()) for side in (left, right, slack))
     if stderr is not None:
         stderr = _exact(stderr)
         if not (stderr > 0).all() or not stderr.isfinite().all():
@@ -112,9 +113,11 @@ def verify(
         slack = slack + 4 * stderr
     difference = left - right
     excess = {"==": difference.abs(), "<=": difference, ">=": -difference}[relation]
-    passed = bool((excess <= slack).all()) and difference.numel() > 0
+    passed = finite and bool((excess <= slack).all()) and difference.numel() > 0
     if not difference.numel():
         measured = "there is nothing to compare"
+    elif not finite:
+        measured = "a side is infinite or not a number"
     elif stderr is not None:
         measured = f"largest difference {float((difference / stderr).abs().max()):.1f} standard errors, allowed 4"
     elif relation == "==":
@@ -130,6 +133,8 @@ def verify(
 
 
 def _exact(side: Any) -> torch.Tensor:
+    if isinstance(side, complex) or (isinstance(side, torch.Tensor) and side.is_complex()):
+        raise CourseError("verify compares real numbers: verify real and imaginary part, or the modulus")
     # as_tensor alone would round a Python float to float32
     return (
         side.detach().cpu().double() if isinstance(side, torch.Tensor) else torch.as_tensor(side, dtype=torch.float64)
@@ -158,7 +163,10 @@ def finish() -> None:
     problems = [f"({tag}) was not verified" for tag in tags if tag not in verified]
     problems += [f"({tag}) was verified but no equation carries it" for tag in sorted(verified - set(tags))]
     problems += [f"({claim.tag}) does not hold" for claim in _ledger.claims.values() if not claim.passed]
-    figures = [_banded(figure) for figure in _ledger.figures.values()]
+    bands = _bands()
+    figures = [_banded(figure, bands) for figure in _ledger.figures.values()]
+    problems += [f"{name!r} has a band but was not recorded" for name in bands if name not in _ledger.figures]
+    problems += [f"{f.name!r} has no band" for f in figures if bands and f.low is None]
     problems += [f"{f.name!r} is {f.value:.6g}, {_why(f)}" for f in figures if not f.passed]
     _write_record(figures, passed=not problems)
     if problems:
@@ -174,7 +182,7 @@ def lesson_tags(lesson: str) -> list[str]:
     path = course_dir() / "notebooks" / f"{lesson}.ipynb"
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
-    return list(dict.fromkeys(re.findall(r"\\tag\{([^}]+)\}", text)))
+    return list(dict.fromkeys(re.findall(r"\\tag\*?\s*\{([^}]+)\}", text)))
 
 
 def band(values: list[float]) -> tuple[float, float]:
@@ -184,26 +192,29 @@ def band(values: list[float]) -> tuple[float, float]:
     return mean - half, mean + half
 
 
-def _banded(figure: Figure) -> Figure:
+def _bands() -> dict[str, list[float]]:
+    """The values that give this lesson's bands in this profile; none while they are being measured."""
     path = course_dir() / "data" / "bands" / f"{_ledger.lesson}.json"
-    bands = json.loads(path.read_text(encoding="utf-8"))["profiles"] if path.is_file() else {}
-    values = bands.get(_ledger.profile, {}).get(figure.name)
-    if values is None:
-        return replace(figure, passed=math.isfinite(figure.value))
-    low, high = band(values)
-    passed = low <= figure.value <= high and not low <= figure.control <= high
+    if os.environ.get("AIGC_BANDS") == "measure" or not path.is_file():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))["profiles"].get(_ledger.profile, {})
+
+
+def _banded(figure: Figure, bands: dict[str, list[float]]) -> Figure:
+    finite = math.isfinite(figure.value) and math.isfinite(figure.control)
+    if figure.name not in bands:
+        return replace(figure, passed=finite)
+    low, high = band(bands[figure.name])
+    passed = finite and low <= figure.value <= high and not low <= figure.control <= high
     return replace(figure, low=low, high=high, passed=passed)
 
 
 def _why(figure: Figure) -> str:
-    if figure.low is None:
-        return "which is not finite"
+    if not (math.isfinite(figure.value) and math.isfinite(figure.control)):
+        return f"its control {figure.control:.6g}: both must be finite"
     band = f"the band {figure.low:.6g} to {figure.high:.6g}"
-    return (
-        f"and {band} holds the control {figure.control:.6g}"
-        if figure.low <= figure.value <= figure.high
-        else f"outside {band}"
-    )
+    inside = figure.low <= figure.value <= figure.high
+    return f"and {band} holds the control {figure.control:.6g}" if inside else f"outside {band}"
 
 
 def _write_record(figures: list[Figure], *, passed: bool) -> None:

@@ -74,14 +74,15 @@ def image_grid(
 
 def save_image_grid(images: Float[Tensor, "n c h w"], path: str | Path, *, columns: int = 8) -> None:
     """Write ``images`` in [-1, 1] as one PNG file, pixel for pixel."""
-    tile = (255 * _tile(images, min(columns, len(images)), 2)).round().astype("uint8")
+    tile = (255 * _tile(images, columns, 2)).round().astype("uint8")
     matplotlib.image.imsave(str(path), tile if tile.ndim == 3 else tile[..., None].repeat(3, axis=-1))
 
 
 def _tile(images: Tensor, columns: int, pad: int):
     n, channels, height, width = images.shape
-    if channels not in (1, 3):
-        raise CourseError(f"images have {channels} channels: a picture has 1 or 3")
+    if channels not in (1, 3) or n == 0:
+        raise CourseError(f"images are {n} of {channels} channels: a grid takes at least one, of 1 or 3 channels")
+    columns = min(columns, n)
     rows = -(-n // columns)
     grid = torch.full((rows * columns, channels, height + pad, width + pad), 1.0)
     grid[:n, :, :height, :width] = (images.detach().float().cpu().clamp(-1, 1) + 1) / 2
@@ -119,8 +120,8 @@ def ellipses(axes: Axes, means: Float[Tensor, "k 2"], covariances: Float[Tensor,
 
 def lines(
     axes: Axes,
-    x: Sequence[float | int],
-    curves: dict[str, Sequence[float | int]],
+    x: Sequence[float | int] | Tensor,
+    curves: dict[str, Sequence[float | int] | Tensor],
     *,
     title: str,
     xlabel: str,

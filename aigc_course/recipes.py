@@ -101,7 +101,18 @@ GMM = {"quick": {"n_components": 40, "max_iter": 20}, "full": {"n_components": 2
 
 
 def _gmm(profile: str, seed: int, device: torch.device) -> Recipe:
+    def _check_profile(out: Path) -> None:
+        manifest = out / "model" / "manifest.json"
+        found = checkpoints.load(manifest.parent).card.get("profile") if manifest.exists() else profile
+        if found != profile:
+            raise CourseError(
+                f"{out} holds a model of the profile {found}, not {profile}: add --profile {found}, or "
+                "name another folder"
+            )
+
     def train(out: Path | None = None, on_log: Callable[[int, dict[str, float]], None] | None = None) -> DigitMixture:
+        if out is not None:
+            _check_profile(Path(out))
         images = load_mnist(train=True, device=device).images.flatten(1)
         pca = PCA.fit(images, 50)
         mixture = GaussianMixture(**GMM[profile], tol=0.01, reg_covar=1e-3, seed=seed).fit(pca.encode(images))
@@ -114,6 +125,7 @@ def _gmm(profile: str, seed: int, device: torch.device) -> Recipe:
         return model
 
     def load(out: Path) -> DigitMixture:
+        _check_profile(Path(out))
         return DigitMixture.from_weights(checkpoints.load(Path(out) / "model", device=device).weights)
 
     return Recipe(name="gmm", profile=profile, train=train, load=load, sample=DigitMixture.sample)

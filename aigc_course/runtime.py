@@ -1,6 +1,7 @@
 """This machine: where files live, which device and precision to use, and where randomness comes from."""
 
 import hashlib
+import operator
 import os
 from pathlib import Path
 
@@ -20,12 +21,12 @@ def course_dir() -> Path:
 
 def data_dir() -> Path:
     """Where the data sets lie: ``AIGC_DATA_DIR``, or ``data/`` in the course's folder."""
-    return Path(os.environ.get("AIGC_DATA_DIR") or course_dir() / "data").expanduser()
+    return Path(os.environ.get("AIGC_DATA_DIR") or course_dir() / "data").expanduser().absolute()
 
 
 def run_dir(name: str) -> Path:
     """Where the run called ``name`` keeps its files: ``AIGC_RUN_DIR/name``, or ``runs/name`` in the course's folder."""
-    return Path(os.environ.get("AIGC_RUN_DIR") or course_dir() / "runs").expanduser() / name
+    return Path(os.environ.get("AIGC_RUN_DIR") or course_dir() / "runs").expanduser().absolute() / name
 
 
 def pick_profile(profile: str | None = None) -> str:
@@ -72,7 +73,11 @@ def pick_precision(device: torch.device, name: str = "auto") -> torch.dtype:
 
 def seed_for(*key: int | str) -> int:
     """A 63-bit seed that is a pure function of ``key``, such as ``(seed, "step", 17)``; unlike keys, unlike seeds."""
-    digest = hashlib.sha256(repr(key).encode("utf-8")).digest()
+    try:
+        plain = tuple(part if isinstance(part, str) else int(operator.index(part)) for part in key)
+    except TypeError as error:
+        raise CourseError(f"a seed is made of whole numbers and strings, not of {key}") from error
+    digest = hashlib.sha256(repr(plain).encode("utf-8")).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

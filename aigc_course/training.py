@@ -1,7 +1,9 @@
 """The one training loop: it owns device, precision, data order, averages, checkpoints, progress, and knows no model."""
 
+import hashlib
 import json
 import math
+import shutil
 import signal
 import sys
 import threading
@@ -20,8 +22,9 @@ from . import checkpoints
 from .runtime import CourseError, pick_device, pick_precision, rng_for, seed_for
 from .state import NotFiniteError, TrainConfig, TrainState
 
-# A run may be resumed with other values of these: they do not change what a step computes.
-FREE = ("steps", "device", "checkpoint_every", "log_every", "keep")
+# A run may go on with other values of these; of those in TOLD fit says that they changed.
+FREE = ("steps", "checkpoint_every", "log_every", "keep", "device", "clip_norm")
+TOLD = ("device", "clip_norm", "settings")
 
 
 @runtime_checkable
@@ -44,7 +47,7 @@ def step_rng(seed: int, step: int, rank: int = 0, device: str | torch.device = "
 
 
 def fit(
-    step: Callable[[TrainState, Any, torch.Generator], dict[str, Tensor]],
+    step: Callable[[TrainState, Any, torch.Generator], dict[str, Tensor | float]],
     state: TrainState,
     data: Data,
     config: TrainConfig,
@@ -55,16 +58,20 @@ def fit(
     """Call ``step(state, batch, rng)`` until ``config.steps`` steps are done; returns ``state``.
 
     With ``out``, checkpoints are written there, and a run that was interrupted (Ctrl-C, SIGTERM, kill -9) goes on from
-    the newest valid one when called again with a state built the same way. It then ends bit-identical to a run that
-    was never interrupted, given the same version of torch, device and number of threads.
+    the newest valid one when called again with a state built the same way; ``fit`` says so. It then ends bit-identical
+    to a run that was never interrupted, given the same version of torch, device and number of threads. A finished run
+    is only read back: delete its folder to train anew.
 
-    ``on_log(step, figures)`` gets each figure's mean since the last call, every ``config.log_every`` steps.
+    ``on_log(step, figures)`` gets each figure's mean over the last ``config.log_every`` steps.
 
     Raises ``NotFiniteError`` at the first loss or gradient that is not finite, before it changes a parameter, and
-    ``CourseError`` if ``out`` holds a run of another configuration or the data do not fill one batch.
+    ``CourseError`` if ``out`` holds a run of another configuration or other data, or the data do not fill one batch.
     """
     device = pick_device(config.device)
+    dtype = pick_precision(device, config.precision)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    if not isinstance(data, Data):
+        raise CourseError(f"the data are {type(data).__name__}: give a tensor, or rows with len(), [indices] and .to()")
     per_epoch = len(data) // config.batch_size
     if per_epoch == 0:
         raise CourseError(
@@ -73,101 +80,130 @@ def fit(
     if config.batch_size % world:
         raise CourseError(f"batch_size is {config.batch_size}: it must be a multiple of the {world} ranks")
     state.prepare(device, config.clip_norm, config.ema)
-    facts = {"config": asdict(config), "data_size": len(data)}
-    folder = Path(out) / "checkpoints" if out is not None else None
+    folder = Path(out).expanduser().absolute() / "checkpoints" if out is not None else None
     if folder is not None:
-        _resume(state, folder, facts)
+        facts = {**asdict(config), "device": device.type, "precision": str(dtype), "world": world}
+        facts |= {"data": _fingerprint(data), "settings": state.settings()}
+        if not _resume(state, folder, facts):
+            _save(state, folder, facts, config.keep, rank)  # what cannot be saved is found out now, not hours later
     data = data.to(device)
-    dtype = pick_precision(device, config.precision)
     order, order_epoch, saved, pending = None, None, state.step_count, []
 
     with _signals_held() as arrived, _global_rng_kept(device), Progress(config.steps) as progress:
-        while state.step_count < config.steps and not arrived:
-            epoch, position = divmod(state.step_count, per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = epoch_order(config.seed, epoch, len(data)).to(device), epoch
-            indices = order[position * config.batch_size : (position + 1) * config.batch_size][rank::world]
-            torch.manual_seed(seed_for(config.seed, "global", state.step_count, rank))  # dropout draws from here
-            try:
+        try:
+            while state.step_count < config.steps and not arrived:
+                epoch, position = divmod(state.step_count, per_epoch)
+                if epoch != order_epoch:
+                    order, order_epoch = epoch_order(config.seed, epoch, len(data)).to(device), epoch
+                indices = order[position * config.batch_size : (position + 1) * config.batch_size][rank::world]
+                torch.manual_seed(seed_for(config.seed, "global", state.step_count, rank))  # dropout draws from here
+                rng = step_rng(config.seed, state.step_count, rank, device)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    figures = step(state, data[indices], step_rng(config.seed, state.step_count, rank, device))
-            except NotFiniteError as error:
-                _record(state, pending)
-                raise NotFiniteError(f"step {state.step_count}: {error}. {_advice(folder)}") from None
-            state.update_averages()
-            state.step_count += 1
-            pending.append({name: torch.as_tensor(value).detach() for name, value in figures.items()})
-            if state.step_count % config.log_every == 0 or state.step_count == config.steps:
-                means = _record(state, pending)
-                progress.update(state.step_count, means)
-                if on_log is not None:
-                    on_log(state.step_count, means)
-            if folder is not None and state.step_count % config.checkpoint_every == 0:
-                _record(state, pending)
-                saved = _save(state, folder, facts, config.keep, rank)
-        _record(state, pending)
+                    figures = step(state, data[indices], rng)
+                pending.append(_numbers(figures))
+                state.update_averages()
+                state.step_count += 1
+                if state.step_count % config.log_every == 0 or state.step_count == config.steps:
+                    _record(state, pending)
+                    means = _means(state, (state.step_count - 1) // config.log_every * config.log_every)
+                    progress.update(state.step_count, means)
+                    if on_log is not None:
+                        on_log(state.step_count, means)
+                if folder is not None and state.step_count % config.checkpoint_every == 0:
+                    _record(state, pending)
+                    saved = _save(state, folder, facts, config.keep, rank)
+        except NotFiniteError as error:
+            kept = f"the last checkpoint is that of step {saved} in {folder.parent}" if folder else "nothing was saved"
+            raise NotFiniteError(
+                f"step {state.step_count}: {error}; {kept}. Build the state anew, with a lower learning rate or with "
+                "TrainConfig.clip_norm, and call fit again"
+            ) from None
+        finally:
+            _record(state, pending)
         if folder is not None and saved != state.step_count:
             _save(state, folder, facts, config.keep, rank)
     if arrived:
-        signal.raise_signal(arrived[0])
+        signal.raise_signal(signal.SIGTERM if signal.SIGTERM in arrived else signal.SIGINT)
     return state
 
 
-def _record(state: TrainState, pending: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Move the figures of the steps not yet recorded into the history, one transfer a figure; returns their means."""
-    means = {}
-    before = state.step_count - len(pending)
+def _numbers(figures: Any) -> dict[str, Tensor | float]:
+    """What a step returned, copied: a figure may be a parameter, which the next step changes."""
+    if not isinstance(figures, dict):
+        raise CourseError(
+            f"the step returned {type(figures).__name__}: it must return its figures, a dict (it may be empty)"
+        )
+    for name, value in figures.items():
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise CourseError(f"the figure {name!r} has shape {tuple(value.shape)}: a figure is one number")
+    return {k: v.detach().reshape(()).clone() if isinstance(v, Tensor) else float(v) for k, v in figures.items()}
+
+
+def _record(state: TrainState, pending: list[dict[str, Tensor | float]]) -> None:
+    """Move the figures of the steps not yet recorded into the history, with NaN where one is missing."""
+    n, before = len(pending), state.step_count - len(pending)
     for name in dict.fromkeys([*state.history, *(key for figures in pending for key in figures)]):
-        values = [math.nan] * len(pending)
-        present = [i for i, figures in enumerate(pending) if name in figures]
-        if present:
-            for i, value in zip(present, torch.stack([pending[i][name] for i in present]).tolist(), strict=True):
-                values[i] = value
-            means[name] = sum(values[i] for i in present) / len(present)
-        state.history.setdefault(name, [math.nan] * before).extend(values)
+        values = [figures.get(name, math.nan) for figures in pending]
+        if all(isinstance(value, Tensor) for value in values) and n:
+            values = torch.stack(values).tolist()
+        state.history.setdefault(name, [math.nan] * before).extend(float(value) for value in values)
     pending.clear()
-    return means
+
+
+def _means(state: TrainState, start: int) -> dict[str, float]:
+    """Each figure's mean over the steps from ``start`` on that had it."""
+    present = {name: [v for v in values[start:] if not math.isnan(v)] for name, values in state.history.items()}
+    return {name: sum(values) / len(values) for name, values in present.items() if values}
 
 
 def _save(state: TrainState, folder: Path, facts: dict, keep: int, rank: int) -> int:
-    step = state.step_count
-    if rank > 0:
-        return step
-    card = {**facts, "step": step}
-    checkpoints.save(checkpoints.step_folder(folder, step), state.weights(), training=state.training(), card=card)
-    checkpoints.prune(folder, keep)
-    history = {name: [None if math.isnan(v) else v for v in values] for name, values in state.history.items()}
-    checkpoints.write_atomically(folder.parent / "config.json", json.dumps(facts, indent=1).encode("utf-8"))
-    checkpoints.write_atomically(folder.parent / "history.json", json.dumps(history).encode("utf-8"))
-    return step
+    if rank == 0:
+        card = {**facts, "step": state.step_count}
+        folder_of_step = checkpoints.step_folder(folder, state.step_count)
+        checkpoints.save(folder_of_step, state.weights(), training=state.training(), card=card)
+        checkpoints.prune(folder, keep)
+        history = {name: [v if math.isfinite(v) else None for v in values] for name, values in state.history.items()}
+        checkpoints.write_atomically(folder.parent / "config.json", json.dumps(card, indent=1).encode("utf-8"))
+        checkpoints.write_atomically(folder.parent / "history.json", json.dumps(history).encode("utf-8"))
+    return state.step_count
 
 
-def _resume(state: TrainState, folder: Path, facts: dict) -> None:
-    found = checkpoints.newest_valid(folder, like=state.weights())
+def _resume(state: TrainState, folder: Path, facts: dict) -> bool:
+    """Bring ``state`` to the newest valid checkpoint in ``folder``, if there is one, and say so."""
+    found = checkpoints.newest_valid(folder)
     if found is None:
-        return
-    then, now = ({**f["config"], "data_size": f["data_size"]} for f in (found.card, json.loads(json.dumps(facts))))
+        return False
+    then, now = found.card, json.loads(json.dumps(facts))
+    remedy = f"choose another out, or delete {folder.parent}"
     for name in now:
-        if name not in FREE and then.get(name) != now[name]:
-            raise CourseError(
-                f"{folder.parent} holds a run with {name}={then.get(name)!r}, this one has {now[name]!r}: "
-                "choose another out, or delete that folder"
-            )
-    if found.card["step"] > facts["config"]["steps"]:
-        raise CourseError(
-            f"{folder.parent} holds a run of {found.card['step']} steps, this one asks for {facts['config']['steps']}: "
-            "choose another out, or delete that folder"
+        if then.get(name) != now[name] and name not in (*FREE, *TOLD):
+            raise CourseError(f"{folder.parent} holds a run with {name} {then.get(name)}, not {now[name]}: {remedy}")
+    step, steps = then["step"], now["steps"]
+    if step > steps:
+        raise CourseError(f"{folder.parent} holds a run of {step} steps, more than the {steps} asked for: {remedy}")
+    weights = checkpoints.load(found.folder, like=state.weights()).weights
+    state.load_training(found.training, keep_settings=then["settings"] != now["settings"])
+    state.load_weights(weights)
+    changed = "".join(f"; {name} changed from {then[name]} to {now[name]}" for name in TOLD if then[name] != now[name])
+    if step == steps:
+        print(f"{folder.parent} holds this run, finished: to train it anew, delete that folder{changed}")
+    elif step > 0 or changed:
+        print(f"going on from step {step} of {steps} in {folder.parent}{changed}")
+    return True
+
+
+def _fingerprint(data: Data) -> str:
+    """The number of rows and a checksum of some of them, so that a run is not resumed on other data."""
+    rows = data[torch.linspace(0, len(data) - 1, 16).long()]
+    parts = (
+        [rows] if isinstance(rows, Tensor) else list(rows if isinstance(rows, tuple | list) else vars(rows).values())
+    )
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(
+            f"{part.dtype} {tuple(part.shape)}".encode() + part.cpu().contiguous().view(torch.uint8).numpy().tobytes()
         )
-    state.load_training(found.training)
-    state.load_weights(found.weights)
-
-
-def _advice(folder: Path | None) -> str:
-    advice = "Lower the learning rate, or bound the gradient with TrainConfig.clip_norm"
-    if folder is None:
-        return f"{advice}; no checkpoint was asked for (out=None)"
-    good = sorted(folder.glob("step-*/manifest.json"))
-    return f"{advice}; the last good checkpoint is {good[-1].parent if good else 'none yet'}"
+    return f"{len(data)} rows, {digest.hexdigest()[:16]}"
 
 
 @contextmanager
@@ -231,7 +267,8 @@ class Progress:
         elif sys.stderr.isatty():
             filled = 20 * self.step // max(1, self.steps)
             bar = f"[{'#' * filled}{'.' * (20 - filled)}]"
-            print(f"\r\033[K{bar} {self.line}", end="\n" if last else "", file=sys.stderr, flush=True)
+            line = f"{bar} {self.line}"[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be redrawn
+            print(f"\r\033[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
 
 
 def _in_notebook() -> bool:

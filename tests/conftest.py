@@ -1,8 +1,8 @@
 """Before any test: shapes are checked at run time, kernels start without a network, and lessons leave their records."""
 
 import os
+import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import jaxtyping
@@ -13,18 +13,19 @@ jaxtyping.install_import_hook("aigc_course", "beartype.beartype")
 COURSE = Path(__file__).resolve().parent.parent
 OFFLINE = Path(__file__).resolve().parent / "offline"
 RECORDS = COURSE / "build" / "records"
+RUNS = COURSE / "build" / "test-runs"
 
 
 def pytest_configure(config):
     """Kernels and other subprocesses inherit this environment."""
-    for name in ("AIGC_PROFILE", "AIGC_DATA_DIR", "AIGC_RUN_DIR"):
+    for name in ("AIGC_PROFILE", "AIGC_DATA_DIR", "AIGC_BANDS"):
         os.environ.pop(name, None)
     os.environ["PYTHONPATH"] = os.pathsep.join([str(OFFLINE), *filter(None, [os.environ.get("PYTHONPATH")])])
-    os.environ["AIGC_RECORD_DIR"] = str(RECORDS)
-    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"
-    if sys.platform == "win32":
-        os.environ["PYTHONUTF8"] = "1"
-    shutil.rmtree(RECORDS, ignore_errors=True)
+    runpy.run_path(str(OFFLINE / "sitecustomize.py"))  # this process too
+    for name, folder in {"AIGC_RECORD_DIR": RECORDS, "AIGC_RUN_DIR": RUNS}.items():
+        os.environ[name] = str(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        assert not folder.exists(), f"{folder} holds results of an earlier run and cannot be removed"
 
 
 @pytest.fixture(scope="session")

@@ -334,3 +334,32 @@ def test_the_parity_check_lets_float32_pass_and_catches_a_device_that_is_off(mon
 
     monkeypatch.setattr(doctor.F, "conv2d", second_time_wrong)
     assert doctor.parity("cpu") > doctor.PARITY
+
+
+@pytest.mark.parametrize("ending", ["all pass", "one fails", "Ctrl-C"])
+def test_bands_are_stored_when_every_seed_has_passed_and_else_left_alone(tmp_path, monkeypatch, ending):
+    def run_each(paths, out, profile, parameters):
+        assert os.environ["AIGC_BANDS"] == "measure"
+        seed = parameters["SEED"]
+        if ending == "Ctrl-C" and seed == 3:
+            raise KeyboardInterrupt
+        figures = {"loss": {"value": 1.0 + seed}}
+        passed = ending != "one fails" or seed != 3
+        facts = {"lesson": "01_x", "title": "x", "notebook": paths[0], "seconds": 1.0, "peak_mb": 1.0}
+        yield paths[0], pages.Result(**facts, passed=passed, figures=figures)
+
+    monkeypatch.setattr(course, "course_dir", lambda: tmp_path)
+    monkeypatch.setattr(course, "_run_each", run_each)
+    (tmp_path / "data" / "bands").mkdir(parents=True)
+    stored = tmp_path / "data" / "bands" / "01_x.json"
+    old = {"command": {"full": "…"}, "profiles": {"full": {"loss": [1.0, 2.0]}}}
+    stored.write_text(json.dumps(old), encoding="utf-8")
+    if ending == "Ctrl-C":
+        with pytest.raises(KeyboardInterrupt):
+            course.measure_bands([tmp_path / "01_x.ipynb"], "quick")
+    else:
+        assert course.measure_bands([tmp_path / "01_x.ipynb"], "quick") is (ending == "all pass")
+    bands = json.loads(stored.read_text(encoding="utf-8"))
+    assert bands["profiles"]["full"] == old["profiles"]["full"]
+    assert bands["profiles"].get("quick") == ({"loss": [1.0, 2.0, 3.0, 4.0, 5.0]} if ending == "all pass" else None)
+    assert "AIGC_BANDS" not in os.environ

@@ -21,12 +21,12 @@ def course(tmp_path, monkeypatch):
     monkeypatch.setenv("AIGC_RECORD_DIR", str(tmp_path / "records"))
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "data" / "bands").mkdir(parents=True)
-    text = r"Two claims, $a \tag{9.1}$ and $b \tag{9.2}$; the first once more: $\tag{9.1}$."
+    text = r"Two claims, $a \tag{9.1}$ and $b \tag* {9.2}$; the first once more: $\tag{9.1}$."
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)])
     nbformat.write(notebook, tmp_path / "notebooks" / f"{LESSON}.ipynb")
     bands = {"profiles": {"quick": {"distance": [1.0, 1.1, 0.9, 1.05, 0.95]}}}
     (tmp_path / "data" / "bands" / f"{LESSON}.json").write_text(json.dumps(bands), encoding="utf-8")
-    begin(LESSON, "quick", 3)
+    begin(LESSON, "full", 3)
     return tmp_path
 
 
@@ -60,6 +60,10 @@ FAILS = [
     (math.nan, math.nan, {"atol": 1.0}),
     (math.nan, 1.0, {"relation": "<="}),
     (math.inf, 1.0, {"atol": 1.0}),
+    (1.0, math.inf, {"rtol": 1e-6}),
+    (T([1.0, 5.0]), T([1.0, math.inf]), {"rtol": 1e-6}),
+    (2.0, math.inf, {"relation": "<="}),
+    (1.0, 2.0, {"atol": math.inf}),
     (T([]), T([]), {}),
 ]
 
@@ -88,6 +92,7 @@ def test_a_check_that_proves_nothing_is_refused(course):
         lambda: verify("9.1", 1.0, 2.0, stderr=0.0),
         lambda: verify("9.1", 1.0, 2.0, stderr=math.inf),
         lambda: verify("9.1", 1.0, 2.0, relation="<"),
+        lambda: verify("9.1", 1 + 1j, 1 + 2j),
         lambda: record("distance", 1.0),
     ):
         with pytest.raises((CourseError, TypeError)):
@@ -119,11 +124,13 @@ def test_finish_wants_every_tag_and_knows_every_claim(course):
         (1.02, 5.0, None),
         (1.32, 5.0, "outside the band"),
         (0.68, 5.0, "outside the band"),
-        (math.nan, 5.0, "outside the band"),
+        (math.nan, 5.0, "must be finite"),
+        (1.02, math.nan, "must be finite"),
         (1.02, 1.1, "holds the control"),
     ],
 )
 def test_figures_are_held_to_their_band_and_the_control_lies_outside(course, value, control, message):
+    begin(LESSON, "quick")
     verify("9.1", 1.0, 1)
     verify("9.2", 1.0, 1)
     record("distance", value, control=control, unit="nats")
@@ -138,14 +145,30 @@ def test_figures_are_held_to_their_band_and_the_control_lies_outside(course, val
     assert figure["unit"] == "nats"
 
 
-def test_a_figure_without_a_band_is_recorded_but_must_be_finite(course):
+def test_figures_and_bands_must_match(course, monkeypatch):
+    begin(LESSON, "quick")
+    verify("9.1", 1.0, 1)
+    verify("9.2", 1.0, 1)
+    with pytest.raises(LessonError, match="'distance' has a band but was not recorded"):
+        finish()
+    record("distance", 1.0, control=5.0)
+    finish()
+    record("renamed", 99.0, control=99.0)
+    with pytest.raises(LessonError, match="'renamed' has no band"):
+        finish()
+    monkeypatch.setenv("AIGC_BANDS", "measure")
+    finish()
+
+
+def test_a_profile_without_bands_records_but_figures_must_be_finite(course):
+    begin(LESSON, "full")
     verify("9.1", 1.0, 1)
     verify("9.2", 1.0, 1)
     record("speed", 3.0, control=1.0)
     finish()
     assert record_of(course)["figures"][0]["low"] is None
     record("speed", math.inf, control=1.0)
-    with pytest.raises(LessonError, match="not finite"):
+    with pytest.raises(LessonError, match="must be finite"):
         finish()
 
 
@@ -155,7 +178,7 @@ def test_the_record_says_what_was_verified(course, capsys):
     verify("9.2", 1.0, 1)
     finish()
     written = record_of(course)
-    assert (written["lesson"], written["profile"], written["seed"], written["passed"]) == (LESSON, "quick", 3, True)
+    assert (written["lesson"], written["profile"], written["seed"], written["passed"]) == (LESSON, "full", 3, True)
     assert [claim["tag"] for claim in written["claims"]] == ["9.1", "9.1", "9.2"]
     assert "numbered claims verified: 2" in capsys.readouterr().out
 

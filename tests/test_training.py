@@ -34,6 +34,10 @@ class Model(nn.Module):
         return self.layers(x)
 
 
+def never(state, batch, rng):
+    raise AssertionError("no step was to be taken")
+
+
 def new_state(lr: float = 0.01) -> TrainState:
     model = Model()
     return TrainState({"model": model}, {"model": torch.optim.Adam(model.parameters(), lr=lr)})
@@ -188,7 +192,7 @@ def test_what_is_not_finite_stops_the_run_and_spoils_nothing(tmp_path, where):
         return denoise_step(state, batch, rng)
 
     before, state = {}, new_state()
-    with pytest.raises(NotFiniteError, match=rf"step 13: the {where}.* 'model'.*step-0*10"):
+    with pytest.raises(NotFiniteError, match=rf"step 13: the {where}.* 'model'.*checkpoint is that of step 10"):
         fit(step, state, DATA, config(checkpoint_every=5), out=tmp_path)
     parameters = {name for name, _ in state.nets["model"].named_parameters()}
     for name, value in everything(state).items():
@@ -319,32 +323,180 @@ def test_progress_in_a_notebook_is_one_display_that_is_updated(monkeypatch):
     assert lines[0].startswith("step 1/25") and lines[-1].startswith("step 25/25")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"batch_size": 8}, "batch_size"),
-        ({"seed": 1}, "seed"),
-        ({"clip_norm": 1.0}, "clip_norm"),
-        ({"steps": 5}, "steps"),
-    ],
-)
-def test_another_configuration_in_the_same_folder_is_refused(tmp_path, change, message):
+@pytest.mark.parametrize("change", [{"batch_size": 8}, {"seed": 1}, {"steps": 5}, {"ema": {}}, {"precision": "bf16"}])
+def test_another_configuration_in_the_same_folder_is_refused(tmp_path, change):
     fit(denoise_step, new_state(), DATA, config(steps=10), out=tmp_path)
-    with pytest.raises(CourseError, match=message):
+    with pytest.raises(CourseError, match=f"holds a run .*{next(iter(change))}.*choose another out"):
         fit(denoise_step, new_state(), DATA, config(**{"steps": 10, **change}), out=tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("state", "data", "message"),
-    [
-        (lambda: new_state(lr=0.5), DATA, "settings"),
-        (new_state, DATA[:50], "data_size"),
-    ],
-)
-def test_another_learning_rate_or_data_set_is_refused(tmp_path, state, data, message):
+@pytest.mark.parametrize("data", [DATA[:50], DATA * 2, DATA.double()], ids=["fewer", "others", "another dtype"])
+def test_other_data_in_the_same_folder_are_refused(tmp_path, data):
     fit(denoise_step, new_state(), DATA, config(steps=10), out=tmp_path)
-    with pytest.raises(CourseError, match=message):
-        fit(denoise_step, state(), data, config(steps=10), out=tmp_path)
+    with pytest.raises(CourseError, match="holds a run with data 100 rows"):
+        fit(denoise_step, new_state(), data, config(steps=10), out=tmp_path)
+
+
+def test_the_learning_rate_and_the_clipping_may_change_on_the_way_and_fit_says_so(tmp_path, capsys):
+    """What the error about a loss that is not finite advises can be done."""
+    fit(denoise_step, new_state(), DATA, config(steps=10), out=tmp_path)
+    changed = fit(denoise_step, new_state(lr=0.0), DATA, config(clip_norm=1.0), out=tmp_path)
+    said = capsys.readouterr().out
+    assert "going on from step 10 of 25" in said and "clip_norm changed from None to 1.0" in said and "lr" in said
+    before = checkpoints.load(tmp_path / "checkpoints" / "step-000010").weights
+    assert torch.equal(changed.weights()["model/layers.0.weight"], before["model/layers.0.weight"])
+
+
+def test_a_finished_run_is_read_back_and_fit_says_so(tmp_path, capsys):
+    state = fit(denoise_step, new_state(), DATA, config(), out=tmp_path)
+    again = fit(never, new_state(), DATA, config(), out=tmp_path)
+    assert_identical(state, again)
+    assert "finished" in capsys.readouterr().out
+
+
+def test_a_schedule_that_the_step_writes_survives_an_interruption(tmp_path):
+    def step(state, batch, rng):
+        if state.step_count == stop:
+            raise RuntimeError("power cut")
+        state.optimizers["model"].param_groups[0]["lr"] = 0.01 / (1 + state.step_count)
+        return denoise_step(state, batch, rng)
+
+    stop = None
+    uninterrupted = fit(step, new_state(), DATA, config())
+    stop = 12
+    with pytest.raises(RuntimeError):
+        fit(step, new_state(), DATA, config(checkpoint_every=5), out=tmp_path)
+    stop = None
+    assert_identical(uninterrupted, fit(step, new_state(), DATA, config(checkpoint_every=5), out=tmp_path))
+
+
+def test_what_cannot_be_saved_is_found_out_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    masked = new_state()
+    masked.nets["model"].register_buffer("mask", torch.tensor(-math.inf))
+    for state, out, message in [(new_state(), tmp_path / "file" / "run", "file"), (masked, tmp_path / "run", "mask")]:
+        with pytest.raises(CourseError, match=message):
+            fit(never, state, DATA, config(), out=out)
+
+
+def test_an_exception_in_the_middle_of_a_step_is_rewound(tmp_path):
+    def step(state, batch, rng):
+        denoise_step(state, batch, rng)
+        raise RuntimeError("after the first of two updates")
+
+    state = new_state()
+    with pytest.raises(RuntimeError):
+        fit(step, state, DATA, config(), out=tmp_path)
+    fit(denoise_step, state, DATA, config(), out=tmp_path)
+    assert_identical(fit(denoise_step, new_state(), DATA, config()), state)
+
+
+def test_a_figure_may_be_a_parameter_or_a_plain_number():
+    def step(state, batch, rng):
+        state.minimize("model", state.nets["model"](batch).square().mean())
+        return {"bias": state.nets["model"].layers[4].bias[:1], "third": 0.1}
+
+    every, seldom = (fit(step, new_state(), DATA, config(log_every=n)).history for n in (1, 7))
+    assert every == seldom and len(set(every["bias"])) == 25
+    assert every["third"] == [0.1] * 25
+
+
+def test_logged_means_do_not_depend_on_when_checkpoints_are_written(tmp_path):
+    def means(**changes):
+        logged = []
+        options = {"out": tmp_path} if changes else {}
+        fit(
+            denoise_step,
+            new_state(),
+            DATA,
+            config(log_every=10, **changes),
+            on_log=lambda *a: logged.append(a),
+            **options,
+        )
+        return logged
+
+    assert means() == means(checkpoint_every=7)
+
+
+def test_the_history_survives_an_exception():
+    def step(state, batch, rng):
+        return denoise_step(state, batch, rng) if state.step_count < 12 else 1 / 0
+
+    state = new_state()
+    with pytest.raises(ZeroDivisionError):
+        fit(step, state, DATA, config())
+    assert len(state.history["loss"]) == state.step_count == 12
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_second_forward_in_a_step_sees_the_first_update(precision):
+    """autocast keeps cast copies of the weights; a GAN's generator must meet the new discriminator."""
+    seen = []
+
+    def step(state, batch, rng):
+        critic = state.nets["critic"]
+        state.minimize("critic", critic(batch).float().mean())
+        seen.append((critic(batch).float().mean().item(), (batch @ critic.weight.T).mean().item()))
+        return {}
+
+    critic = nn.Linear(3, 1, bias=False)
+    state = TrainState({"critic": critic}, {"critic": torch.optim.SGD(critic.parameters(), lr=5.0)})
+    fit(step, state, DATA, config(steps=3, ema={}, precision=precision))
+    for by_forward, by_hand in seen:
+        assert by_forward == pytest.approx(by_hand, rel=0.02, abs=0.02)
+
+
+def test_another_decay_or_no_average_takes_effect_on_a_second_fit():
+    state = fit(denoise_step, new_state(), DATA, config(ema={"model": 0.9}))
+    fit(denoise_step, state, DATA, config(steps=30, ema={"model": 0.0}))
+    assert torch.equal(state.ema["model"].module.layers[0].weight, state.nets["model"].layers[0].weight)
+    fit(denoise_step, state, DATA, config(steps=35, ema={}))
+    assert state.ema == {}
+
+
+RANK = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch, torch.distributed as dist
+from test_training import DATA, TrainState, config, fit, nn
+
+dist.init_process_group("gloo", init_method="file://" + {meet!r}, rank=int(sys.argv[1]), world_size=2)
+torch.manual_seed(0)
+net = nn.Linear(3, 3)
+state = TrainState({{"net": net}}, {{"net": torch.optim.SGD(net.parameters(), lr=0.1)}})
+
+def step(state, batch, rng):
+    loss = (state.nets["net"](batch) - batch.flip(1)).square().mean()
+    state.minimize("net", loss)
+    return {{"draw": torch.rand((), generator=rng)}}
+
+fit(step, state, DATA, config(steps=20, ema={{}}), out={out!r})
+torch.save((net.state_dict(), state.history), {out!r} + f"/rank{{sys.argv[1]}}.pt")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="gloo meets in a file on POSIX")
+def test_two_ranks_train_as_one(tmp_path):
+    script = RANK.format(tests=os.path.dirname(__file__), meet=str(tmp_path / "meet"), out=str(tmp_path))
+    ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    (first, draws), (second, others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        alone = nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    for step in range(20):
+        epoch, position = divmod(step, 100 // 16)
+        batch = DATA[epoch_order(0, epoch, 100)[position * 16 : (position + 1) * 16]]
+        optimizer.zero_grad()
+        (alone(batch) - batch.flip(1)).square().mean().backward()
+        optimizer.step()
+    for name, value in alone.state_dict().items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], value)
+    assert not set(draws["draw"]) & set(others["draw"])
+    assert checkpoints.newest_valid(tmp_path / "checkpoints").card["world"] == 2
 
 
 def test_more_steps_go_on_where_the_run_ended(tmp_path):
@@ -356,6 +508,17 @@ def test_more_steps_go_on_where_the_run_ended(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: fit(lambda *_: None, new_state(), DATA, config()), "must return its figures"),
+        (lambda: fit(lambda *_: {"loss": torch.zeros(2)}, new_state(), DATA, config()), "'loss' has shape"),
+        (lambda: new_state().minimize("model", torch.zeros(())), "without a gradient"),
+        (lambda: TrainState({}, {"a": torch.optim.LBFGS([nn.Parameter(torch.zeros(1))])}), "LBFGS"),
+        (
+            lambda: fit(
+                never, TrainState({}, {"a": torch.optim.SGD([nn.Parameter(torch.zeros(1))])}), DATA, config(ema={})
+            ),
+            "of no network",
+        ),
+        (lambda: new_state().load_weights({"other/weight": torch.zeros(1)}), "other/weight"),
         (lambda: config(batch_size=0), "batch_size"),
         (lambda: config(steps=-1), "steps"),
         (lambda: config(clip_norm=0.0), "clip_norm"),
@@ -365,7 +528,7 @@ def test_more_steps_go_on_where_the_run_ended(tmp_path):
         (lambda: fit(denoise_step, new_state(), DATA, config(device="tpu9")), "device"),
         (lambda: fit(denoise_step, new_state(), DATA, config(precision="fp8")), "precision"),
         (lambda: new_state().minimize("vae", torch.zeros(())), "vae"),
-        (lambda: new_state().minimize("model", torch.zeros(3)), "shape"),
+        (lambda: new_state().minimize("model", torch.zeros(3, requires_grad=True)), "shape"),
         (lambda: new_state().minimize("model", torch.zeros((), requires_grad=True)), "reaches no parameter"),
     ],
 )
