@@ -218,7 +218,9 @@ def _signals_held() -> Iterator[list[int]]:
         arrived.append(number)
         signal.signal(number, before[number])
 
-    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A signal that is ignored, as Ctrl-C is in a background job, stays ignored.
+    held = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, hold) for number in held}
     try:
         yield arrived
     finally:

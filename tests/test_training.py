@@ -129,7 +129,15 @@ def test_a_resumed_run_ends_bit_identical(tmp_path, stop):
     assert json.loads((tmp_path / "b" / "history.json").read_text(encoding="utf-8")) == resumed.history
 
 
-def test_ctrl_c_saves_the_step_it_interrupts_and_the_run_goes_on(tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """What Ctrl-C does in a terminal, also where the tests run as a background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_the_step_it_interrupts_and_the_run_goes_on(tmp_path, ctrl_c):
     uninterrupted = fit(denoise_step, new_state(), DATA, config())
 
     def interrupted(state, batch, rng):
@@ -142,6 +150,25 @@ def test_ctrl_c_saves_the_step_it_interrupts_and_the_run_goes_on(tmp_path):
     assert checkpoints.newest_valid(tmp_path / "checkpoints").card["step"] == 13
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert_identical(uninterrupted, fit(denoise_step, new_state(), DATA, config(), out=tmp_path))
+
+
+def test_a_second_ctrl_c_is_not_held_back(ctrl_c):
+    def impatient(state, batch, rng):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the second one was held back")
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(impatient, new_state(), DATA, config())
+
+
+def test_an_ignored_ctrl_c_stays_ignored(ctrl_c):
+    def interrupted(state, batch, rng):
+        signal.raise_signal(signal.SIGINT)
+        return denoise_step(state, batch, rng)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert fit(interrupted, new_state(), DATA, config()).step_count == 25
 
 
 KILLED = """
