@@ -26,6 +26,8 @@ PAGE_TEMPLATE = """{%- extends 'lab/index.html.j2' -%}
 /* MathJax's MathML for screen readers is taller than the picture of the formula. */
 .jp-MarkdownOutput.jp-RenderedHTMLCommon { overflow: auto hidden; }
 .jp-InputArea-editor { overflow: auto; }
+/* The template gives code in rendered Markdown, such as the source that show() prints, the font of its text. */
+.jp-RenderedHTMLCommon .highlight pre { font: 12px/1.4 monospace; }
 </style>{% endblock %}
 {% block data_png scoped %}
 {%- set alt = output | get_metadata('alt', 'image/png') or '' -%}
