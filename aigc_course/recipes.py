@@ -95,8 +95,8 @@ class DigitMixture:
         return cls(PCA(weights["pca.mean"], weights["pca.basis"], weights["pca.variances"]), mixture)
 
 
-# The floor keeps a component that has gathered a few like images from collapsing: 1e-3 against variances of the
-# scores between 1 and 200.
+# The floor, reg_covar=1e-3, keeps a component that has gathered a few like images from collapsing; the variances of the
+# 50 scores over all digits lie between 0.7 and 20.
 GMM = {"quick": {"n_components": 40, "max_iter": 20}, "full": {"n_components": 200, "max_iter": 60}}
 
 
