@@ -65,10 +65,10 @@ def course(args: argparse.Namespace) -> int:
 
 
 def check_data(args: argparse.Namespace) -> int:
-    """Verify every data file against its checksum."""
-    from . import datasets
+    """Verify every data file and trained model against its checksum."""
+    from . import datasets, recipes
 
-    files = datasets.check_data()
+    files = [*datasets.check_data(), *recipes.check_pretrained()]
     for file in files:
         print(f"{'ok   ' if file.ok else 'error'}  {file.path}  {file.message}")
     damaged = sum(not file.ok for file in files)
@@ -88,7 +88,7 @@ def train(args: argparse.Namespace) -> int:
 
 def sample(args: argparse.Namespace) -> int:
     """Draw samples from a trained run into one PNG file."""
-    from . import plots
+    from . import plots, recipes
     from .runtime import CourseError, rng_for, run_dir
 
     if args.n < 1:
@@ -96,10 +96,32 @@ def sample(args: argparse.Namespace) -> int:
     if args.out.suffix != ".png":
         raise CourseError(f"--out is {args.out}: give it a name that ends in .png")
     recipe, run = _recipe(args), args.run or run_dir(args.name)
-    images = recipe.sample(recipe.load(run), args.n, rng_for(args.seed, "sample"))
+    if args.run is None and not run.exists() and args.name in recipes.pretrained():
+        print(f"there is no run {run}: sampling from the model that comes with the course")
+        model = recipes.load_pretrained(args.name, device=args.device)
+    else:
+        model = recipe.load(run)
+    images = recipe.sample(model, args.n, rng_for(args.seed, "sample", device=recipe.device))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plots.save_image_grid(images, args.out)
     print(f"{args.n} samples of {args.name}: {args.out}")
+    return 0
+
+
+def ship(args: argparse.Namespace) -> int:
+    """Put a trained model among those that come with the course, in data/checkpoints."""
+    from . import recipes
+    from .runtime import run_dir
+
+    print(f"{args.name}: {recipes.ship(args.name, args.run or run_dir(args.name))}")
+    return 0
+
+
+def experiment(args: argparse.Namespace) -> int:
+    """Run a side experiment and record it in data/histories."""
+    from . import experiments
+
+    print(f"recorded in {experiments.record(args.name, args.device)}")
     return 0
 
 
@@ -149,6 +171,14 @@ def _parser() -> argparse.ArgumentParser:
     training = add("train", train)
     add_model(training)
     training.add_argument("--out", type=Path, metavar="DIR", help="where the run's files go (default: runs/NAME)")
+
+    shipping = add("ship", ship)
+    shipping.add_argument("name", metavar="NAME", help="the model, such as vae")
+    shipping.add_argument("--run", type=Path, metavar="DIR", help="the run that trained it (default: runs/NAME)")
+
+    side = add("experiment", experiment)
+    side.add_argument("name", metavar="NAME", help="the experiment, such as vae_beta")
+    side.add_argument("--device", default="auto", metavar="D", help="auto (the default), cpu, cuda or mps")
 
     sampling = add("sample", sample)
     add_model(sampling)

@@ -10,7 +10,7 @@ FLOORS = [
     {"runtime", "datasets", "tokenizer", "state", "checkpoints"},
     {"gmm", "vae", "gan", "unet", "diffusion", "gpt2", "generate", "classifier"},
     {"training", "metrics", "plots", "widgets"},
-    {"recipes", "lessons", "exercises", "course", "pages", "doctor", "cli"},
+    {"recipes", "experiments", "lessons", "exercises", "course", "pages", "doctor", "cli"},
 ]
 # On one floor everyone may use runtime, and these pairs are allowed.
 SIDEWAYS = {
@@ -18,6 +18,7 @@ SIDEWAYS = {
     ("generate", "gpt2"),
     ("widgets", "plots"),
     ("lessons", "recipes"),
+    ("experiments", "recipes"),
     ("course", "pages"),
     *(("cli", name) for name in FLOORS[3]),
 }
