@@ -107,7 +107,7 @@ def vae_table(device: torch.device, *, seeds: int = 3, k: int = 5000) -> Iterato
 
 
 def vae_beta(
-    device: torch.device, *, betas: tuple[float, ...] = (0.1, 0.25, 0.5, 1, 2, 4, 16, 784), epochs: int = 8
+    device: torch.device, *, betas: tuple[float, ...] = (0.1, 0.25, 0.5, 1, 2, 4, 16), epochs: int = 8
 ) -> Iterator[Row]:
     """The recipe ``vae`` with other weights of the rate; its rate and distortion on the test digits."""
     train, test = _digits(device)

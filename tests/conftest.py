@@ -32,3 +32,14 @@ def pytest_configure(config):
 def executed_lessons(request) -> set[str]:
     """The lessons that nbval executed in this session, by file name without the ending."""
     return {Path(item.fspath).stem for item in request.session.items if str(item.fspath).endswith(".ipynb")}
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests of small tensors: a second thread would only wait for the first."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -21,13 +21,7 @@ COVARIANCES = ("full", "diag")
 both = pytest.mark.parametrize("covariance", COVARIANCES)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These tensors are small: a second thread would only wait for the first."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random_parameters(k, d, covariance, rng, *, spread=2.0):

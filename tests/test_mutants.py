@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import nbformat
 import pytest
 
-from aigc_course import lessons, plots, widgets
+from aigc_course import lessons, plots, recipes, widgets
 from aigc_course.runtime import course_dir
 
 
@@ -31,7 +31,7 @@ class Mutant:
         return f"{self.lesson[:2]}: {self.what}"
 
 
-GMM = "01_gaussian_mixtures"
+GMM, VAE = "01_gaussian_mixtures", "02_variational_autoencoder"
 MUTANTS = [
     Mutant(GMM, "log-determinant with the wrong sign", "gmm.gaussian_log_prob", "- log_det", "+ log_det", "1.5"),
     Mutant(GMM, "the constant without its d", "gmm.gaussian_log_prob", "x.shape[1] * math.log", "math.log", "1.5"),
@@ -51,6 +51,18 @@ MUTANTS = [
     Mutant(GMM, "bound that cannot touch", "gmm.e_step", "softmax(1)", "mul(0.5).softmax(1)", "1.15"),
     Mutant(GMM, "BIC with the wrong sign", "gmm.GaussianMixture", "return -2 *", "return 2 *", "1.17"),
     Mutant(GMM, "weights counted as free", "gmm.GaussianMixture", "return (k - 1) +", "return k +", "1.17"),
+    Mutant(VAE, "standard deviation exp(logvar)", "vae.reparameterize", "(0.5 * logvar)", "logvar", "2.6"),
+    Mutant(VAE, "no noise", "vae.reparameterize", "* noise", "* 0 * noise", "2.6"),
+    Mutant(VAE, "entropy of q with the wrong sign", "vae.log_weight", "+ logvar", "- logvar", "2.6"),
+    Mutant(VAE, "the rate added", "vae.elbo", "- beta * kl", "+ beta * kl", "2.7"),
+    Mutant(VAE, "KL without its half", "vae.kl_to_standard_normal", "0.5 * (", "(", "2.9"),
+    Mutant(VAE, "sign of the log-variance", "vae.kl_to_standard_normal", "- 1 - logvar", "- 1 + logvar", "2.9"),
+    Mutant(VAE, "KL as a mean over units", "vae.kl_to_standard_normal", "sum(-1)", "mean(-1)", "2.9"),
+    Mutant(VAE, "the rate without a gradient", "vae.elbo", "normal(mu, logvar)", "normal(mu, logvar).detach()", "2.13"),
+    Mutant(VAE, "pixels averaged", "vae.bernoulli_log_prob", "sum(-1)", "mean(-1)", "2.14"),
+    Mutant(VAE, "ones and noughts exchanged", "vae.bernoulli_log_prob", "(x * logits", "((1 - x) * logits", "2.14"),
+    Mutant(VAE, "beta forgotten", "vae.elbo", "beta * kl", "kl", "2.16"),
+    Mutant(VAE, "a sum of weights for their mean", "vae.importance_weighted_bound", "- math.log(k)", "", "2.19"),
 ]
 
 
@@ -113,9 +125,10 @@ def applied(mutant: Mutant):
 
 
 @pytest.fixture(autouse=True)
-def no_figures(monkeypatch):
+def no_figures_and_short_training(monkeypatch):
     monkeypatch.setattr(plots, "present", lambda figure, alt: None)
     monkeypatch.setattr(widgets, "explorer", lambda *args, **ranges: None)
+    monkeypatch.setitem(recipes.VAES, ("vae", "quick"), {**recipes.VAES["vae", "quick"], "epochs": 1})
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

@@ -25,7 +25,11 @@ def outputs(path):
 
 
 def test_the_lessons_are_there():
-    assert [path.stem for path in LESSONS] == ["00_start_here", "01_gaussian_mixtures"]
+    assert [path.stem for path in LESSONS] == [
+        "00_start_here",
+        "01_gaussian_mixtures",
+        "02_variational_autoencoder",
+    ]
 
 
 @each_lesson

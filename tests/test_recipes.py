@@ -209,3 +209,16 @@ def test_models_that_are_not_shipped_or_damaged_are_named(shipped, tmp_path):
 def test_a_name_that_is_none_is_refused():
     with pytest.raises(CourseError, match="no recipe 'gpt9': choose from gmm"):
         recipes.build("gpt9")
+
+
+def test_the_models_that_come_with_the_course_are_what_their_cards_say():
+    assert recipes.pretrained() == ["iwae", "vae", "vae2d"]
+    for name in recipes.pretrained():
+        card = checkpoints.load(recipes.course_dir() / "data" / "checkpoints" / name).card
+        assert card["recipe"] == name and card["profile"] == "full" and "torch" in card["machine"]
+        assert card["command"] == f"aigc train {name} --profile full --seed {card['seed']}"
+        found = held_out_figures(recipes.load_pretrained(name, device="cpu"), card["seed"])
+        assert found.keys() == card["figures"].keys()
+        for figure, value in found.items():
+            assert value == pytest.approx(card["figures"][figure], abs=0.05), (name, figure)
+    assert all(row.ok for row in recipes.check_pretrained())
