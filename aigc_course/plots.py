@@ -54,13 +54,19 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def bundle(figure: Figure, alt: str) -> tuple[dict, dict]:
+    """The figure as a notebook stores it, and the metadata that carry ``alt``, a sentence on what it shows."""
+    if not alt.strip():
+        raise CourseError("present(figure, alt): say in a sentence what the figure shows")
+    return {"image/png": png(figure), "text/plain": alt}, {"image/png": {"alt": alt}}
+
+
 def present(figure: Figure, alt: str) -> None:
     """Display ``figure`` in the notebook; ``alt`` says in a sentence what it shows, for those who cannot see it."""
     from IPython.display import display
 
-    if not alt.strip():
-        raise CourseError("present(figure, alt): say in a sentence what the figure shows")
-    display({"image/png": png(figure), "text/plain": alt}, metadata={"image/png": {"alt": alt}}, raw=True)
+    data, metadata = bundle(figure, alt)
+    display(data, metadata=metadata, raw=True)
 
 
 def image_grid(

@@ -1,11 +1,11 @@
-"""Sliders over callables: exploration for readers with a kernel, a plain note for those without."""
+"""Sliders over callables, for readers with a kernel; a figure that is redrawn while something runs."""
 
 from collections.abc import Callable
 from functools import lru_cache
 
 from matplotlib.figure import Figure
 
-from .plots import png
+from .plots import bundle, png
 
 
 def explorer(draw: Callable[..., Figure], alt: str, **ranges: tuple[int, int, int]) -> None:
@@ -32,6 +32,23 @@ def explorer(draw: Callable[..., Figure], alt: str, **ranges: tuple[int, int, in
     for slider in sliders.values():
         slider.observe(redraw, names="value")
     redraw()
-    bundle = ipywidgets.VBox([*sliders.values(), picture])._repr_mimebundle_()
-    bundle["text/plain"] = f"Interactive: run this cell in JupyterLab and move the sliders. {alt}"
-    display(bundle, raw=True)
+    data = ipywidgets.VBox([*sliders.values(), picture])._repr_mimebundle_()
+    data["text/plain"] = f"Interactive: run this cell in JupyterLab and move the sliders. {alt}"
+    display(data, raw=True)
+
+
+class LiveFigure:
+    """One place in a cell's output whose figure ``update`` replaces; the notebook stores the last one."""
+
+    def __init__(self):
+        self.handle = None
+
+    def update(self, figure: Figure, alt: str) -> None:
+        """Show ``figure``, with ``alt`` as for ``plots.present``, in place of the one before."""
+        from IPython.display import display
+
+        data, metadata = bundle(figure, alt)
+        if self.handle is None:
+            self.handle = display(data, metadata=metadata, raw=True, display_id=True)
+        else:
+            self.handle.update(data, metadata=metadata, raw=True)

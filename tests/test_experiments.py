@@ -1,13 +1,17 @@
 """Side experiments: what is recorded can be made again, and a lesson reads it; here on few digits and for a moment."""
 
+import copy
+import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from aigc_course import experiments, recipes
+from aigc_course import experiments, gan, metrics, recipes
 from aigc_course.datasets import binarize, load_mnist
-from aigc_course.experiments import AutoregressiveVAE, collapse_step
+from aigc_course.experiments import AutoregressiveVAE, collapse_step, unpack_images
+from aigc_course.experiments.adversarial import VARIANTS, attached_step, mixed_step, pack_images
 from aigc_course.runtime import CourseError, course_dir, rng_for
 from aigc_course.state import TrainState
 from aigc_course.vae import VAEConfig, vae_step
@@ -18,7 +22,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def few_images(monkeypatch):
     images = load_mnist(train=False)[:600]
-    for module in (experiments, recipes):
+    for module in (experiments.variational, recipes.variational):
         monkeypatch.setattr(module, "load_mnist", lambda **_: images)
     return binarize(images.images, rng_for(0, "few"))
 
@@ -84,6 +88,190 @@ def test_the_table_judges_finished_runs_on_the_same_pixels(few_images, monkeypat
     for row in rows:
         assert row["-L1"] + 0.1 > row["-L50"] > 0  # such a model says next to nothing: its bounds lie close together
         assert row["-L50"] == pytest.approx(row["-L60"], abs=0.1)
+
+
+# ---- GANs ----
+
+FIGURES = {"frechet", "sure", "precision", "recall", "classes"}
+CURVES = {"d_loss", "g_loss", "d_real", "d_fake"}
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    """Tiny networks that see few digits, and 150 samples instead of 10,000: what was asked for is in the list."""
+    digits, asked = {train: load_mnist(train=False, size=32)[:500] for train in (True, False)}, []
+    digits[False] = load_mnist(train=False, size=32)[500:800]
+
+    def sample(generator, n, rng):
+        asked.append(n)
+        return gan.sample(generator, min(n, 150), rng)
+
+    for module in (experiments.adversarial, importlib.import_module("aigc_course.recipes.adversarial"), recipes.judge):
+        monkeypatch.setattr(module, "load_mnist", lambda train=True, **_: digits[train])
+    monkeypatch.setattr(experiments.adversarial, "sample", sample)
+    settings = recipes.GANS["dcgan", "quick"]
+    tiny = replace(settings, config=replace(settings.config, width=4, z_dim=4), batch_size=4)
+    monkeypatch.setitem(recipes.GANS, ("dcgan", "quick"), tiny)
+    for name, variant in VARIANTS.items():
+        if "config" in variant:
+            config = replace(variant["config"], width=4, z_dim=4)
+            monkeypatch.setitem(VARIANTS, name, variant | {"config": config})
+    return asked
+
+
+def test_packed_images_are_what_they_were_to_8_bits():
+    images = 2.2 * torch.rand(3, 2, 5, 4, generator=rng_for("pack")) - 1.1
+    packed = json.loads(json.dumps(pack_images(images)))
+    found = unpack_images(packed)
+    assert found.shape == images.shape and found.dtype == torch.float32
+    assert (found - images.clamp(-1, 1)).abs().max() <= 0.5001 / 127.5
+    assert found.min() == -1 and found.max() == 1
+    assert torch.equal(unpack_images(pack_images(found)), found)
+
+
+def test_the_scale_goes_from_real_digits_to_noise(few_digits, monkeypatch):
+    def first_rows(images):
+        return all_features(images[:300])
+
+    all_features = recipes.mnist_features
+    monkeypatch.setattr(recipes, "mnist_features", first_rows)
+    rows = rows_of("digit_scale")
+    assert all(set(row) == {"what", "n", "frechet", "kernel", "precision", "recall"} for row in rows)
+    assert [row["what"] for row in rows[:3]] == ["training digits", "noise", "blurred digits"]
+    assert {row["what"] for row in rows[3:]} == {"a sample of the training digits"} and len(rows) == 3 + 35
+    assert [row["n"] for row in rows[3::5]] == [100, 200, 300, 300, 300, 300, 300]  # all that there are
+    digits, noise, blurred = rows[:3]
+    assert digits["frechet"] < blurred["frechet"] / 3 and blurred["frechet"] < noise["frechet"]
+    assert digits["kernel"] < blurred["kernel"] < noise["kernel"]
+    assert digits["precision"] > 0.7 > 0.05 > noise["precision"] and digits["recall"] > 0.7 > 0.05 > noise["recall"]
+    fewest, more = ([row["frechet"] for row in rows[i : i + 5]] for i in (3, 8))
+    assert sum(fewest) > sum(more) and len({*fewest, *more}) == 10
+    train, test = (all_features(load_mnist(train=False, size=32)[a:b].images) for a, b in ((0, 300), (500, 800)))
+    assert digits["frechet"] == pytest.approx(metrics.frechet_distance(test, train), rel=1e-3)
+
+
+def test_a_training_is_watched_at_moments_evenly_spaced_in_the_logarithm(few_digits, monkeypatch):
+    monkeypatch.setitem(recipes.GANS, ("dcgan", "quick"), replace(recipes.GANS["dcgan", "quick"], steps=16))
+    rows = rows_of("dcgan_growth", moments=4, first=2)
+    assert [row["step"] for row in rows] == [2, 4, 8, 16] and few_digits == 4 * [10_000]
+    assert all(set(row) == {"step", "samples", *CURVES, *FIGURES} for row in rows)
+    images = [unpack_images(row["samples"]) for row in rows]
+    assert images[0].shape == (40, 1, 32, 32) and not torch.equal(images[0], images[3])
+    # The same training in one go: each row has the means of the steps since the one before.
+    plan = recipes.gan_plan("dcgan", "quick", device="cpu")
+    experiments.adversarial.fit(plan.step, plan.state, plan.images, plan.config)
+    for name in CURVES:
+        values = plan.state.history[name]
+        for row, (start, end) in zip(rows, ((0, 2), (2, 4), (4, 8), (8, 16)), strict=True):
+            assert row[name] == pytest.approx(sum(values[start:end]) / (end - start), rel=1e-4)
+    assert len(rows[0]["classes"]) == 10 and sum(rows[0]["classes"]) == pytest.approx(1)
+
+
+def test_each_guideline_is_broken_on_its_own(few_digits):
+    """Every variant differs from the recipe, in one field of its settings or of its networks."""
+    recipe = recipes.GANS["dcgan", "quick"]
+    for name, variant in VARIANTS.items():
+        assert len(variant) == (name != "the recipe")
+        settings = replace(recipe, **{k: v for k, v in variant.items() if k != "update"})
+        assert (settings == recipe) == (name in ("the recipe", "one mixed batch in D")), name
+    rows = rows_of("dcgan_ablations", seeds=1, steps=20)
+    assert [(row["variant"], row["seed"]) for row in rows] == [(name, 0) for name in VARIANTS]
+    assert all(set(row) == {"variant", "seed", *CURVES, *FIGURES} for row in rows)
+    assert all(len(row[name]) == 1 for row in rows for name in CURVES)
+    assert few_digits == len(VARIANTS) * [10_000]
+    losses = {row["variant"]: row["d_loss"] for row in rows}
+    for name, loss in losses.items():  # the average changes what is judged, not how it is trained
+        assert (loss == losses["the recipe"]) == (name in ("the recipe", "no average of weights")), name
+    frechet = {row["variant"]: row["frechet"] for row in rows}
+    assert frechet["no average of weights"] != frechet["the recipe"]
+
+
+def test_seeds_are_counted_for_every_variant(few_digits, monkeypatch):
+    monkeypatch.setattr(experiments.adversarial, "VARIANTS", {"the recipe": {}, "no R1": {"r1": 0.0}})
+    rows = rows_of("dcgan_ablations", seeds=2, steps=40, batch_size=2)
+    assert [(row["variant"], row["seed"]) for row in rows] == [
+        ("the recipe", 0),
+        ("the recipe", 1),
+        ("no R1", 0),
+        ("no R1", 1),
+    ]
+    assert rows[0]["d_loss"] != rows[1]["d_loss"] and len(rows[0]["d_loss"]) == 2
+
+
+def test_three_patients_are_ill_in_ways_that_their_curves_show(few_digits, monkeypatch):
+    plans, original = [], recipes.gan_plan
+
+    def keep(*args, **options):
+        plans.append(original(*args, **options))
+        return plans[-1]
+
+    monkeypatch.setattr(recipes, "gan_plan", keep)
+    rows = rows_of("dcgan_sick", steps=20)
+    assert [row["patient"] for row in rows] == ["healthy", "A", "B", "C"]
+    assert all(set(row) == {"patient", "samples", *CURVES, *FIGURES} for row in rows)
+    assert all(unpack_images(row["samples"]).shape == (20, 1, 32, 32) for row in rows)
+    assert few_digits == 4 * [10_000, 20]
+    assert [plan.images.min().item() for plan in plans] == [-1, 0, -1, -1]
+    assert all(plan.images.max() == 1 for plan in plans)
+    owned = [len(plan.state.optimizers["discriminator"].param_groups[0]["params"]) for plan in plans]
+    discriminator, generator = (len(list(plans[0].state.nets[k].parameters())) for k in ("discriminator", "generator"))
+    assert owned == [discriminator, discriminator, discriminator + generator, discriminator]
+    rates = [[plan.state.optimizers[k].param_groups[0]["lr"] for k in ("generator", "discriminator")] for plan in plans]
+    assert rates[0][0] == rates[0][1] and rates[3][0] == pytest.approx(40 * rates[3][1])
+
+
+def twins(**options):
+    """A state whose networks are always the same at the start, and a batch for them."""
+    config = gan.DCGANConfig(size=16, width=2, z_dim=3, **options)
+    rng = rng_for("twins")
+    nets = {"generator": gan.Generator(config, rng), "discriminator": gan.Discriminator(config, rng)}
+    sgds = {name: torch.optim.SGD(net.parameters(), lr=0.1) for name, net in nets.items()}
+    return TrainState(nets, sgds), torch.randn(6, 1, 16, 16, generator=rng).tanh()
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_the_mixed_step_differs_from_the_gan_step_in_what_batch_norm_sees_alone(norm):
+    figures, weights, batches = [], [], []
+    for step in (gan.gan_step, mixed_step):
+        state, real = twins(batch_norm=norm)
+        state.nets["discriminator"].register_forward_hook(lambda _, args, output: batches.append(len(output)))
+        for number in range(3):
+            state.step_count = number
+            found = step(state, real, rng_for("step", number), r1=2.0, r1_every=2)
+        figures.append({name: value.item() for name, value in found.items()})
+        weights.append(torch.cat([p.detach().flatten() for net in state.nets.values() for p in net.parameters()]))
+    assert batches == [6, 6, 6, 6, 6, 6, 6, 6, 6, 6, 6] + [12, 6, 6, 12, 6, 12, 6, 6]
+    assert figures[0].keys() == figures[1].keys()
+    if norm:
+        assert figures[0]["d_loss"] != pytest.approx(figures[1]["d_loss"], rel=1e-3)
+    else:
+        assert figures[0] == pytest.approx(figures[1], rel=1e-5, abs=1e-6)
+        assert torch.allclose(*weights, atol=1e-6)
+
+
+def test_the_attached_step_moves_the_generator_in_the_discriminators_update():
+    """Down the discriminator's loss, if its optimizer holds both networks; with networks of its own nothing differs."""
+    moved = {}
+    for name in ("both", "its own"):
+        state, real = twins()
+        if name == "both":
+            both = [p for net in state.nets.values() for p in net.parameters()]
+            state.optimizers["discriminator"] = torch.optim.SGD(both, lr=0.1)
+        state.optimizers["generator"] = torch.optim.SGD(state.nets["generator"].parameters(), lr=0.0)
+        start, (g, d) = copy.deepcopy(state.nets), (state.nets["generator"], state.nets["discriminator"])
+        figures = attached_step(state, real, rng_for("attached"), r1=1.0, r1_every=8)
+        assert set(figures) == {"d_loss", "g_loss", "d_real", "d_fake"}
+        moved[name] = [(a - b).detach() for a, b in zip(g.parameters(), start["generator"].parameters(), strict=True)]
+        assert not torch.equal(next(d.parameters()), next(start["discriminator"].parameters()))
+        if name == "both":
+            z = torch.randn(6, 3, generator=rng_for("attached"))
+            real_logits, fake_logits = start["discriminator"](real), start["discriminator"](start["generator"](z))
+            loss = gan.discriminator_loss(real_logits, fake_logits)
+            gradients = torch.autograd.grad(loss, list(start["generator"].parameters()))
+            torch.testing.assert_close(moved[name], [-0.1 * gradient for gradient in gradients], rtol=1e-3, atol=1e-7)
+            assert figures["d_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    assert max(change.abs().max() for change in moved["both"]) > 0
+    assert max(change.abs().max() for change in moved["its own"]) == 0
 
 
 def test_a_recording_is_kept_and_read_back(monkeypatch, tmp_path, capsys):

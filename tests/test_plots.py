@@ -68,6 +68,62 @@ def test_a_figure_is_shown_with_its_alternative_text(monkeypatch):
         plots.present(figure, " ")
 
 
+def test_a_live_figure_is_displayed_once_and_updated_in_place_afterwards(monkeypatch):
+    calls = []
+
+    class Handle:
+        def update(self, bundle, **options):
+            calls.append(("update", bundle, options))
+
+    def display(bundle, **options):
+        assert options.pop("display_id") is True
+        calls.append(("display", bundle, options))
+        return Handle()
+
+    monkeypatch.setattr("IPython.display.display", display)
+    live = widgets.LiveFigure()
+    assert not calls
+    for height in (1.0, 2.0, 3.0):
+        with plots.canvas() as (figure, axes):
+            axes.plot([0.0, height])
+        live.update(figure, f"A line that rises to {height}.")
+    assert [call[0] for call in calls] == ["display", "update", "update"]
+    for (_, bundle, options), height in zip(calls, (1.0, 2.0, 3.0), strict=True):
+        assert options["raw"] is True
+        assert bundle["text/plain"] == options["metadata"]["image/png"]["alt"] == f"A line that rises to {height}."
+    assert len({bundle["image/png"] for _, bundle, _ in calls}) == 3
+    assert calls[-1][1]["image/png"] == plots.png(figure)
+    with pytest.raises(CourseError, match="say in a sentence"):
+        live.update(figure, "")
+    assert len(calls) == 3
+
+
+def test_two_live_figures_have_a_place_each(monkeypatch):
+    """With IPython's own display: what is published has two names, and each is updated under its own."""
+    published = []
+
+    class Publisher:
+        def publish(self, data, metadata, *, transient, update=False, **_):
+            published.append((data["text/plain"], metadata["image/png"]["alt"], transient["display_id"], update))
+
+    shell = type("Shell", (), {"display_pub": Publisher()})()
+    monkeypatch.setattr("IPython.core.interactiveshell.InteractiveShell.initialized", lambda: True)
+    monkeypatch.setattr("IPython.core.interactiveshell.InteractiveShell.instance", lambda: shell)
+    with plots.canvas() as (figure, _):
+        pass
+    live, other = widgets.LiveFigure(), widgets.LiveFigure()
+    for one, alt in ((live, "a"), (other, "b"), (live, "c"), (other, "d")):
+        one.update(figure, alt)
+    assert [(text, alt, update) for text, alt, _, update in published] == [
+        ("a", "a", False),
+        ("b", "b", False),
+        ("c", "c", True),
+        ("d", "d", True),
+    ]
+    names = [name for _, _, name, _ in published]
+    assert names[0] == names[2] != names[1] == names[3]
+
+
 def test_the_same_figure_gives_the_same_file():
     def draw():
         with plots.canvas() as (figure, axes):

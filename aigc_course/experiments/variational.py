@@ -1,7 +1,5 @@
-"""Side experiments, too long to run in a lesson: each is recorded in ``data/histories`` by ``aigc experiment NAME``."""
+"""Side experiments with variational autoencoders: published likelihoods, the price of a nat, posterior collapse."""
 
-import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,13 +8,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import recipes
-from .checkpoints import write_atomically
-from .datasets import binarize, load_mnist
-from .runtime import CourseError, course_dir, pick_device, rng_for, run_dir
-from .state import TrainConfig, TrainState
-from .training import fit
-from .vae import (
+from .. import recipes
+from ..datasets import binarize, load_mnist
+from ..runtime import rng_for, run_dir
+from ..state import TrainConfig, TrainState
+from ..training import fit
+from ..vae import (
     VAE,
     VAEConfig,
     active_units,
@@ -29,58 +26,6 @@ from .vae import (
 )
 
 Row = dict[str, Any]
-
-
-def recorded(name: str, *, live: bool = False) -> dict[str, Any]:
-    """What the experiment ``name`` found: as recorded in ``data/histories``, or run here and now if ``live``.
-
-    The result has its ``rows``, and says by which ``command``, on which ``machine`` and in how many ``seconds`` it was
-    made; one line of this is printed. Raises ``CourseError`` for a name that is none and for a damaged recording.
-    """
-    if live:
-        found = run(name)
-    else:
-        path = course_dir() / "data" / "histories" / f"{_known(name)}.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            rows, command, machine, seconds = (found[key] for key in ("rows", "command", "machine", "seconds"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CourseError(
-                f"{path} cannot be read ({type(error).__name__}: {error}): git checkout -- data/histories, or record "
-                f"it anew by: aigc experiment {name}"
-            ) from error
-        print(f"recorded by: {command} ({len(rows)} rows; {machine}; {seconds / 60:.0f} minutes). LIVE = True runs it.")
-    return found
-
-
-def run(name: str, device: str = "auto") -> dict[str, Any]:
-    """Run the experiment ``name`` and return what ``recorded`` reads; its rows are printed as they come."""
-    rows, start, place = [], time.perf_counter(), pick_device(device)
-    for row in EXPERIMENTS[_known(name)](place):
-        rows.append(row)
-        shown = {key: value[-1] if isinstance(value, list) else value for key, value in row.items()}
-        print(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()), flush=True)
-    seconds = time.perf_counter() - start
-    return {
-        "command": f"aigc experiment {name}",
-        "machine": recipes.machine(place),
-        "seconds": round(seconds, 1),
-        "rows": rows,
-    }
-
-
-def record(name: str, device: str = "auto") -> str:
-    """Run the experiment ``name`` and keep it in ``data/histories``; returns the file's path."""
-    found = run(name, device)
-    path = course_dir() / "data" / "histories" / f"{name}.json"
-    write_atomically(path, (json.dumps(found, indent=1) + "\n").encode("utf-8"))
-    return str(path)
-
-
-def _known(name: str) -> str:
-    if name not in EXPERIMENTS:
-        raise CourseError(f"there is no experiment {name!r}: choose from {', '.join(EXPERIMENTS)}")
-    return name
 
 
 # ---- the published likelihoods ----
@@ -228,10 +173,3 @@ def _bounds(model: VAE, x: Tensor) -> dict[str, float]:
     bound = elbo(model, x, rng_for(0, "bounds", device=x.device))
     active = int(active_units(model, x).sum())
     return {"elbo": bound.value.mean().item(), "kl": bound.kl.mean().item(), "active units": active}
-
-
-EXPERIMENTS: dict[str, Callable[..., Iterator[Row]]] = {
-    "vae_table": vae_table,
-    "vae_beta": vae_beta,
-    "vae_collapse": vae_collapse,
-}
