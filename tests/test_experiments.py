@@ -148,6 +148,8 @@ def test_the_scale_goes_from_real_digits_to_noise(few_digits, monkeypatch):
     assert sum(fewest) > sum(more) and len({*fewest, *more}) == 10
     train, test = (all_features(load_mnist(train=False, size=32)[a:b].images) for a, b in ((0, 300), (500, 800)))
     assert digits["frechet"] == pytest.approx(metrics.frechet_distance(test, train), rel=1e-3)
+    precision, recall = metrics.precision_recall(test, train)
+    assert digits["precision"] == precision != recall == digits["recall"]
 
 
 def test_a_training_is_watched_at_moments_evenly_spaced_in_the_logarithm(few_digits, monkeypatch):
@@ -164,7 +166,14 @@ def test_a_training_is_watched_at_moments_evenly_spaced_in_the_logarithm(few_dig
         values = plan.state.history[name]
         for row, (start, end) in zip(rows, ((0, 2), (2, 4), (4, 8), (8, 16)), strict=True):
             assert row[name] == pytest.approx(sum(values[start:end]) / (end - start), rel=1e-4)
-    assert len(rows[0]["classes"]) == 10 and sum(rows[0]["classes"]) == pytest.approx(1)
+    generator = plan.generator()
+    fixed = gan.latents(generator, 40, rng_for(0, "dcgan_growth"))
+    assert (images[3] - gan.generate(generator, fixed)).abs().max() < 0.01  # 8 bits a pixel
+    judged = recipes.mnist_features(gan.sample(generator, 150, rng_for(0, "judge")))
+    found = recipes.digit_figures(judged)
+    for name in ("frechet", "sure", "precision", "recall"):
+        assert rows[3][name] == pytest.approx(getattr(found, name), rel=1e-2, abs=1e-2), name
+    assert rows[3]["classes"] == pytest.approx(found.classes.tolist(), abs=0.02)
 
 
 def test_each_guideline_is_broken_on_its_own(few_digits):
@@ -187,8 +196,15 @@ def test_each_guideline_is_broken_on_its_own(few_digits):
 
 
 def test_seeds_are_counted_for_every_variant(few_digits, monkeypatch):
+    batches = []
+
+    def step(state, real, rng, **options):
+        batches.append(len(real))
+        return gan.gan_step(state, real, rng, **options)
+
     monkeypatch.setattr(experiments.adversarial, "VARIANTS", {"the recipe": {}, "no R1": {"r1": 0.0}})
-    rows = rows_of("dcgan_ablations", seeds=2, steps=40, batch_size=2)
+    rows = rows_of("dcgan_ablations", seeds=2, steps=40, batch_size=2, update=step)
+    assert batches == 4 * 40 * [2]
     assert [(row["variant"], row["seed"]) for row in rows] == [
         ("the recipe", 0),
         ("the recipe", 1),
@@ -211,6 +227,7 @@ def test_three_patients_are_ill_in_ways_that_their_curves_show(few_digits, monke
     assert all(set(row) == {"patient", "samples", *CURVES, *FIGURES} for row in rows)
     assert all(unpack_images(row["samples"]).shape == (20, 1, 32, 32) for row in rows)
     assert few_digits == 4 * [10_000, 20]
+    assert len({tuple(row["d_loss"]) for row in rows}) == 4
     assert [plan.images.min().item() for plan in plans] == [-1, 0, -1, -1]
     assert all(plan.images.max() == 1 for plan in plans)
     owned = [len(plan.state.optimizers["discriminator"].param_groups[0]["params"]) for plan in plans]
@@ -218,6 +235,14 @@ def test_three_patients_are_ill_in_ways_that_their_curves_show(few_digits, monke
     assert owned == [discriminator, discriminator, discriminator + generator, discriminator]
     rates = [[plan.state.optimizers[k].param_groups[0]["lr"] for k in ("generator", "discriminator")] for plan in plans]
     assert rates[0][0] == rates[0][1] and rates[3][0] == pytest.approx(40 * rates[3][1])
+
+
+def test_a_grid_of_modes_is_watched_on_the_way():
+    (row,) = rows_of("gan_grid", seeds=1, steps=6, moments=3)
+    assert set(row) == {"seed", "step", "modes", "high quality", "samples"}
+    assert row["step"] == [2, 4, 6] and len(row["modes"]) == len(row["high quality"]) == 3
+    assert torch.tensor(row["samples"]).shape == (1000, 2)
+    assert all(0 <= modes <= 25 for modes in row["modes"]) and all(0 <= share <= 1 for share in row["high quality"])
 
 
 def twins(**options):
@@ -250,7 +275,7 @@ def test_the_mixed_step_differs_from_the_gan_step_in_what_batch_norm_sees_alone(
 
 
 def test_the_attached_step_moves_the_generator_in_the_discriminators_update():
-    """Down the discriminator's loss, if its optimizer holds both networks; with networks of its own nothing differs."""
+    """Down the discriminator's loss, if its optimizer holds both networks; otherwise the update is that of gan_step."""
     moved = {}
     for name in ("both", "its own"):
         state, real = twins()
@@ -270,6 +295,10 @@ def test_the_attached_step_moves_the_generator_in_the_discriminators_update():
             gradients = torch.autograd.grad(loss, list(start["generator"].parameters()))
             torch.testing.assert_close(moved[name], [-0.1 * gradient for gradient in gradients], rtol=1e-3, atol=1e-7)
             assert figures["d_loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+    twin, real = twins()
+    gan.gan_step(twin, real, rng_for("attached"), r1=1.0, r1_every=8)
+    for name, value in state.nets["discriminator"].named_parameters():
+        torch.testing.assert_close(value, twin.nets["discriminator"].get_parameter(name), rtol=1e-4, atol=1e-7)
     assert max(change.abs().max() for change in moved["both"]) > 0
     assert max(change.abs().max() for change in moved["its own"]) == 0
 

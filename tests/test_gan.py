@@ -792,6 +792,7 @@ def test_a_loss_that_is_none_is_refused():
         (GANConfig, {"shape": (1, 28.0, 28)}, ("GANConfig.shape is (1, 28.0, 28)", "whole numbers")),
         (GANConfig, {"hidden": "256"}, ("GANConfig.hidden is '256'", "whole numbers")),
         (GANConfig, {"hidden": (256, 0)}, ("GANConfig.hidden is (256, 0)", "at least 1")),
+        (GANConfig, {"hidden": (256, True)}, ("GANConfig.hidden is (256, True)", "whole numbers")),
         (GANConfig, {"hidden": []}, ("GANConfig.hidden is []", "at least 1")),
         (GANConfig, {"z_dim": 0}, ("GANConfig.z_dim is 0:", "at least 1")),
     ],

@@ -9,7 +9,7 @@ import contextlib
 import importlib
 import inspect
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import nbformat
 import pytest
@@ -32,6 +32,7 @@ class Mutant:
 
 
 GMM, VAE = "01_gaussian_mixtures", "02_variational_autoencoder"
+GAN, DCGAN = "03_the_gan_objective", "04_dcgan_on_mnist"
 MUTANTS = [
     Mutant(GMM, "log-determinant with the wrong sign", "gmm.gaussian_log_prob", "- log_det", "+ log_det", "1.5"),
     Mutant(GMM, "the constant without its d", "gmm.gaussian_log_prob", "x.shape[1] * math.log", "math.log", "1.5"),
@@ -63,6 +64,199 @@ MUTANTS = [
     Mutant(VAE, "ones and noughts exchanged", "vae.bernoulli_log_prob", "(x * logits", "((1 - x) * logits", "2.14"),
     Mutant(VAE, "beta forgotten", "vae.elbo", "beta * kl", "kl", "2.16"),
     Mutant(VAE, "a sum of weights for their mean", "vae.importance_weighted_bound", "- math.log(k)", "", "2.19"),
+    Mutant(GAN, "the fakes forgotten", "gan.discriminator_loss", " + F.softplus(fake_logits).mean()", "", "3.1"),
+    Mutant(
+        GAN,
+        "real and fake exchanged",
+        "gan.discriminator_loss",
+        "F.softplus(-real_logits).mean() + F.softplus(fake_logits)",
+        "F.softplus(real_logits).mean() + F.softplus(-fake_logits)",
+        "3.2",
+    ),
+    Mutant(
+        GAN,
+        "half of the loss",
+        "gan.discriminator_loss",
+        "return F.softplus(-real_logits)",
+        "return 0.5 * F.softplus(-real_logits)",
+        "3.2",
+    ),
+    Mutant(
+        GAN,
+        "a sum over the batch",
+        "gan.generator_loss",
+        "-F.softplus(fake_logits).mean()",
+        "-F.softplus(fake_logits).sum()",
+        "3.3",
+    ),
+    Mutant(
+        GAN,
+        "the generator helps D",
+        "gan.generator_loss",
+        "return -F.softplus(fake_logits)",
+        "return F.softplus(fake_logits)",
+        "3.4",
+    ),
+    Mutant(
+        GAN,
+        "both kinds the same",
+        "gan.generator_loss",
+        "F.softplus(-fake_logits).mean()",
+        "-F.softplus(fake_logits).mean()",
+        "3.4",
+    ),
+    Mutant(
+        GAN,
+        "logarithm of a sigmoid",
+        "gan.generator_loss",
+        "F.softplus(-fake_logits).mean()",
+        "-fake_logits.sigmoid().log().mean()",
+        "3.5",
+    ),
+    Mutant(
+        GAN,
+        "logit taken for the probability",
+        "gan.generator_loss",
+        "F.softplus(-fake_logits)",
+        "F.softplus(-fake_logits.sigmoid())",
+        "3.6",
+    ),
+    Mutant(GAN, "gradient pulled to 0", "gan.gradient_penalty", "between) - 1).square()", "between)).square()", "3.10"),
+    Mutant(GAN, "squared norm", "gan.gradient_norms", ".norm(dim=1)", ".square().sum(1)", "3.10"),
+    Mutant(GAN, "spectral norm forgotten", "gan.Discriminator", "spectral_norm(layer)", "pass", "3.11"),
+    Mutant(
+        GAN,
+        "both maximise the score",
+        "gan.generator_loss",
+        "return -fake_logits.mean()",
+        "return fake_logits.mean()",
+        "3.13",
+    ),
+    Mutant(
+        GAN,
+        "critic's sign",
+        "gan.discriminator_loss",
+        "fake_logits.mean() - real_logits.mean()",
+        "real_logits.mean() - fake_logits.mean()",
+        "3.13",
+    ),
+    Mutant(
+        GAN,
+        "G learns from the reals",
+        "gan.gan_step",
+        "generator_loss(discriminator(fake), kind",
+        "generator_loss(discriminator(real + 0 * fake), kind",
+        "3.14",
+    ),
+    Mutant(
+        GAN,
+        "the generator's sign in the step",
+        "gan.gan_step",
+        "generator_loss(discriminator(fake), kind",
+        "generator_loss(-discriminator(fake), kind",
+        "3.14",
+    ),
+    Mutant(GAN, "R1 without its half", "gan.r1_penalty", "0.5 * ", "", "3.15"),
+    Mutant(GAN, "R1 at the fakes", "gan.gan_step", "r1_penalty(discriminator, real)", "0", "3.15"),
+    Mutant(
+        GAN,
+        "half a nat too few",
+        "gan.generator_loss",
+        "return F.softplus(-fake_logits)",
+        "return 2 * F.softplus(-fake_logits)",
+        "3.16",
+    ),
+    Mutant(
+        DCGAN,
+        "too much padding",
+        "gan.conv_discriminator",
+        "2 * width, 4, stride=2, padding=1",
+        "2 * width, 4, stride=2, padding=2",
+        "4.1",
+    ),
+    Mutant(
+        DCGAN, "doublings from 3 x 3", "gan.conv_generator", "config.z_dim, width, 4", "config.z_dim, width, 3", "4.2"
+    ),
+    Mutant(
+        DCGAN,
+        "no padding",
+        "gan.conv_generator",
+        "width // 2, 4, stride=2, padding=1",
+        "width // 2, 4, stride=2, padding=0",
+        "4.2",
+    ),
+    Mutant(
+        DCGAN,
+        "a bias at the start",
+        "gan._initialised",
+        "nn.init.zeros_(layer.bias)",
+        "nn.init.ones_(layer.bias)",
+        "4.3",
+    ),
+    Mutant(
+        DCGAN,
+        "kernels of 6",
+        "gan.conv_generator",
+        "width // 2, 4, stride=2, padding=1",
+        "width // 2, 6, stride=2, padding=2",
+        "4.4",
+    ),
+    Mutant(
+        DCGAN,
+        "kernels of 3",
+        "gan.conv_generator",
+        "width // 2, 4, stride=2, padding=1",
+        "width // 2, 3, stride=2, padding=1",
+        "4.4",
+    ),
+    Mutant(
+        DCGAN,
+        "the momentum given as eps",
+        "gan.conv_discriminator",
+        "nn.BatchNorm2d(2 * width)",
+        "nn.BatchNorm2d(2 * width, 0.8)",
+        "4.5",
+    ),
+    Mutant(
+        DCGAN,
+        "each image normalised alone",
+        "gan.conv_discriminator",
+        "nn.BatchNorm2d(2 * width)",
+        "nn.InstanceNorm2d(2 * width, affine=True)",
+        "4.5",
+    ),
+    Mutant(
+        DCGAN,
+        "real and fake in one batch",
+        "gan.gan_step",
+        "discriminator(real), discriminator(fake.detach())",
+        "discriminator(torch.cat([real, fake.detach()])).chunk(2)",
+        "4.6",
+    ),
+    Mutant(
+        DCGAN, "the cross term once", "metrics.frechet_distance_gaussians", "- 2 * root_trace", "- root_trace", "4.7"
+    ),
+    Mutant(
+        DCGAN,
+        "means compared, not squared",
+        "metrics.frechet_distance_gaussians",
+        "(mean_a - mean_b).square()",
+        "(mean_a - mean_b).abs()",
+        "4.7",
+    ),
+    Mutant(
+        DCGAN,
+        "rows paired with themselves",
+        "metrics.kernel_distance",
+        "(_kernel_sum(a, a) - _kernel_trace(a)) / (n * (n - 1))",
+        "_kernel_sum(a, a) / n**2",
+        "4.8",
+    ),
+    Mutant(
+        DCGAN, "the cross term once", "metrics.kernel_distance", "- 2 * _kernel_sum(a, b)", "- _kernel_sum(a, b)", "4.8"
+    ),
+    Mutant(DCGAN, "n and m exchanged", "metrics.kernel_distance", "(m * (m - 1))", "(n * (n - 1))", "4.8"),
+    Mutant(DCGAN, "a kernel of degree two", "metrics.polynomial_kernel", "** 3", "** 2", "4.8"),
 ]
 
 
@@ -129,6 +323,8 @@ def no_figures_and_short_training(monkeypatch):
     monkeypatch.setattr(plots, "present", lambda figure, alt: None)
     monkeypatch.setattr(widgets, "explorer", lambda *args, **ranges: None)
     monkeypatch.setitem(recipes.VAES, ("vae", "quick"), {**recipes.VAES["vae", "quick"], "epochs": 1})
+    for name in ("gan", "dcgan"):
+        monkeypatch.setitem(recipes.GANS, (name, "quick"), replace(recipes.GANS[name, "quick"], steps=2))
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)

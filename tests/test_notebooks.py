@@ -29,6 +29,8 @@ def test_the_lessons_are_there():
         "00_start_here",
         "01_gaussian_mixtures",
         "02_variational_autoencoder",
+        "03_the_gan_objective",
+        "04_dcgan_on_mnist",
     ]
 
 

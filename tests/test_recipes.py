@@ -169,8 +169,9 @@ def test_a_vae_sees_fresh_pixels_and_its_learning_rate_falls_to_zero(few_images,
 
 @pytest.fixture(scope="module")
 def digits():
-    """Three hundred digits of either size."""
-    return {size: load_mnist(train=False, size=size)[:300] for size in (28, 32)}
+    """Three hundred digits to learn from (True) and other ones (False), of either size."""
+    everything = {size: load_mnist(train=False, size=size) for size in (28, 32)}
+    return {(train, size): everything[size][300 - 300 * train :][:300] for train in (True, False) for size in (28, 32)}
 
 
 @pytest.fixture
@@ -183,7 +184,7 @@ def few_digits(monkeypatch, digits):
         return mnist_features(images[:200])
 
     for module in (ADVERSARIAL, recipes.judge):
-        monkeypatch.setattr(module, "load_mnist", lambda size=28, **_: digits[size])
+        monkeypatch.setattr(module, "load_mnist", lambda train=True, size=28, **_: digits[train, size])
     monkeypatch.setattr(ADVERSARIAL, "mnist_features", judge)
     for name, config in TINY_GANS.items():
         for profile in ("quick", "full"):
@@ -226,7 +227,7 @@ def test_the_card_of_a_gan_says_how_its_samples_are_judged(few_digits, digits, t
     assert type(model.config)(**card["config"]) == model.config
     (images,) = few_digits
     assert torch.equal(images, sample(model, 10_000, rng_for(3, "judge")))
-    found = digit_figures(mnist_features(images[:200]), mnist_features(digits[32].images))
+    found = digit_figures(mnist_features(images[:200]), mnist_features(digits[False, 32].images))
     assert card["figures"] == {
         FRECHET: pytest.approx(found.frechet),
         "precision": found.precision,
@@ -251,6 +252,21 @@ def test_an_interrupted_gan_goes_on_and_ends_as_one_that_was_not(few_digits, tmp
     assert not torch.equal(next(half.parameters()), next(resumed.parameters()))
     assert_same_weights(resumed, recipe.train(tmp_path / "whole"))
     assert_same_weights(resumed, recipe.load(tmp_path / "run"))
+
+
+def test_the_seed_of_a_plan_draws_the_weights_of_both_networks():
+    images, config = torch.zeros(8, 4, 1, 1), GANConfig(shape=(4, 1, 1), z_dim=4, hidden=(4,))
+    plans = [gan_plan("gan", "quick", images=images, config=config, device="cpu", seed=seed) for seed in (0, 0, 1)]
+    first = {k: [plan.state.nets[k].layers for plan in plans] for k in ("generator", "discriminator")}
+    for (a, b, c), place in ((first["generator"], 0), (first["discriminator"], 1)):
+        assert torch.equal(a[place].weight, b[place].weight) and not torch.equal(a[place].weight, c[place].weight)
+    assert not torch.equal(first["generator"][0][0].weight, first["discriminator"][0][1].weight)
+
+
+@pytest.mark.parametrize("name", ["vae", "cdcgan"])
+def test_a_plan_of_what_is_no_gan_is_refused(name):
+    with pytest.raises(CourseError, match=f"no GAN recipe '{name}': choose 'gan' or 'dcgan'$"):
+        gan_plan(name, "quick")
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -348,7 +364,7 @@ def test_a_trained_classifier_is_kept_read_back_and_draws_nothing(few_digits, di
     assert_same_weights(model, again)
     assert not model.training and not again.training
     assert [(step, set(figures)) for step, figures in logged] == [(2, {"loss", "accuracy"})]
-    card, test = checkpoints.load(tmp_path / "model").card, digits[32]
+    card, test = checkpoints.load(tmp_path / "model").card, digits[False, 32]
     assert card["recipe"] == "classifier" and ClassifierConfig(**card["config"]) == model.config
     right = (again(test.images).argmax(1) == test.labels).float().mean().item()
     assert card["figures"] == {"accuracy on the test digits": pytest.approx(right)}
@@ -371,10 +387,10 @@ def test_the_learning_rate_of_the_classifier_falls_in_the_second_half(few_digits
 
 
 def test_features_of_digits_do_not_depend_on_the_padding_or_the_company(digits):
-    features = mnist_features(digits[28][:20].images)
+    features = mnist_features(digits[True, 28][:20].images)
     assert features.shape == (20, 64) and features.dtype == torch.float32 and not features.requires_grad
-    assert torch.equal(features, mnist_features(digits[32][:20].images))
-    torch.testing.assert_close(mnist_features(digits[28][7:9].images), features[7:9], rtol=1e-4, atol=1e-4)
+    assert torch.equal(features, mnist_features(digits[True, 32][:20].images))
+    torch.testing.assert_close(mnist_features(digits[True, 28][7:9].images), features[7:9], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", [(2, 1, 30, 30), (2, 1, 28, 32), (2, 3, 32, 32), (2, 784)])
@@ -387,7 +403,7 @@ def test_features_of_other_images_are_refused(monkeypatch, shape):
 
 
 def test_the_figures_tell_digits_from_noise_and_from_half_of_the_digits(few_digits, digits):
-    known, new = digits[28][:150], digits[28][150:]
+    known, new = digits[True, 28][:150], digits[True, 28][150:]
     real = mnist_features(known.images)
     noise = 2 * torch.rand(150, 1, 28, 28, generator=rng_for("noise")) - 1
     features, half = mnist_features(new.images), mnist_features(new[new.labels < 5].images)
@@ -401,11 +417,11 @@ def test_the_figures_tell_digits_from_noise_and_from_half_of_the_digits(few_digi
     torch.testing.assert_close(found.classes, shares, rtol=0, atol=0.021)
     assert low.classes[5:].sum() < 0.05
     # Without features of real digits, the test digits are taken.
-    everything = digit_figures(features, mnist_features(digits[32].images))
+    everything = digit_figures(features, mnist_features(digits[False, 32].images))
     assert digit_figures(features).frechet == everything.frechet != found.frechet
     # How sure the classifier is of an image: the softmax of the logits, above 0.9.
     judge = recipes.load_pretrained("classifier", device="cpu")
-    blurred = nn.functional.avg_pool2d(digits[32].images, 5, stride=1, padding=2)
+    blurred = nn.functional.avg_pool2d(digits[True, 32].images, 5, stride=1, padding=2)
     sure = judge(blurred).softmax(1).max(1).values > 0.9
     assert 0.02 < sure.float().mean() < 0.98
     assert digit_figures(mnist_features(blurred), real).sure == pytest.approx(sure.float().mean().item())

@@ -8,7 +8,7 @@ from typing import Any
 from .. import recipes
 from ..checkpoints import write_atomically
 from ..runtime import CourseError, course_dir, pick_device
-from .adversarial import dcgan_ablations, dcgan_growth, dcgan_sick, digit_scale, unpack_images
+from .adversarial import dcgan_ablations, dcgan_growth, dcgan_sick, digit_scale, gan_grid, unpack_images
 from .variational import AutoregressiveVAE, Row, collapse_step, vae_beta, vae_collapse, vae_table
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "dcgan_growth",
     "dcgan_sick",
     "digit_scale",
+    "gan_grid",
     "record",
     "recorded",
     "run",
@@ -89,6 +90,7 @@ EXPERIMENTS: dict[str, Callable[..., Iterator[Row]]] = {
     "vae_table": vae_table,
     "vae_beta": vae_beta,
     "vae_collapse": vae_collapse,
+    "gan_grid": gan_grid,
     "digit_scale": digit_scale,
     "dcgan_growth": dcgan_growth,
     "dcgan_ablations": dcgan_ablations,
