@@ -43,3 +43,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def message_of(call) -> str:
+    """The message of the one DataError that ``call`` raises; it is one line."""
+    from aigc_course.datasets import DataError
+
+    with pytest.raises(DataError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import message_of
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from aigc_course import runtime
 from aigc_course.datasets import (
-    DataError,
     Images,
     binarize,
     check_data,
@@ -74,15 +74,6 @@ def write_root(root: Path, content: dict[str, bytes], stored: dict[str, bytes] |
 @pytest.fixture
 def tiny(tmp_path) -> Path:
     return write_root(tmp_path / "own", tiny_content())
-
-
-def message_of(call) -> str:
-    """The message of the one DataError that ``call`` raises; it is one line."""
-    with pytest.raises(DataError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # --- damaged files ---

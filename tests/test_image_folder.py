@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import message_of
 from PIL import Image
 
 from aigc_course.datasets import DataError, Images, folders, image_folder
@@ -41,15 +42,6 @@ def colour_of(values: torch.Tensor) -> list[float]:
     flat = values.flatten(1)
     assert (flat == flat[:, :1]).all(), "not all of one colour"
     return flat[:, 0].tolist()
-
-
-def message_of(call) -> str:
-    """The message of the one DataError that ``call`` raises; it is one line."""
-    with pytest.raises(DataError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 # --- classes, order, shape ---

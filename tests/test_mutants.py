@@ -157,10 +157,10 @@ MUTANTS = [
         "3.14",
     ),
     Mutant(GAN, "R1 without its half", "gan.r1_penalty", "0.5 * ", "", "3.15"),
-    Mutant(GAN, "R1 at the fakes", "gan.gan_step", "r1_penalty(discriminator, real)", "0", "3.15"),
+    Mutant(GAN, "R1 forgotten", "gan.gan_step", "r1_penalty(discriminator, real)", "0", "3.15"),
     Mutant(
         GAN,
-        "half a nat too few",
+        "twice the loss",
         "gan.generator_loss",
         "return F.softplus(-fake_logits)",
         "return 2 * F.softplus(-fake_logits)",

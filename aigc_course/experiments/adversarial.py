@@ -29,8 +29,7 @@ from ..metrics import frechet_distance, kernel_distance, mode_coverage, precisio
 from ..runtime import rng_for
 from ..state import TrainConfig, TrainState
 from ..training import fit
-
-Row = dict[str, Any]
+from .variational import Row
 
 
 def pack_images(images: Float[Tensor, "n c h w"]) -> dict[str, Any]:
@@ -88,7 +87,7 @@ def gan_grid(
 def digit_scale(device: torch.device) -> Iterator[Row]:
     """What digits that nobody generated score against the test digits, and how it hangs on their number.
 
-    Six slices of 10,000 training digits give the real-against-real level; noise and blurred digits the other end.
+    Six slices of 10,000 training digits give the real-against-real level; noise and blurred digits are for comparison.
     """
     train = load_mnist(size=32, device=device).images
     real = recipes.mnist_features(load_mnist(train=False, size=32, device=device).images)
