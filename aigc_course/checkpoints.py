@@ -27,6 +27,7 @@ from .runtime import CourseError, pick_device
 
 FolderLike = str | os.PathLike
 MANIFEST, FORMAT = "manifest.json", "aigc-course checkpoint, version 1"
+SEALED = "aigc-course sealed folder, version 1"
 SUFFIXES = {"weights": ".safetensors", "training": ".pt"}
 OURS = re.compile(r"(weights-[0-9a-f]{12}\.safetensors|training-[0-9a-f]{12}\.pt)(\.tmp)?|manifest\.json\.tmp")
 PLAIN = (type(None), bool, int, float, str)  # exact types: a numpy float is a float too, yet does not load again
@@ -139,6 +140,39 @@ def load(
     return Checkpoint(weights=weights, training=training, card=card, folder=folder)
 
 
+def seal(folder: FolderLike, card: Mapping) -> Path:
+    """Write the manifest of a folder whose files another format prescribes, such as Hugging Face's; returns the folder.
+
+    It states size and sha256 of each file, and ``card``, which is JSON. Call it last: it is the commit.
+    """
+    folder = Path(folder)
+    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
+    write_atomically(folder / MANIFEST, _pack_manifest(folder, entries, card, SEALED))
+    return folder
+
+
+def read_card(folder: FolderLike) -> dict:
+    """The card of a checkpoint or of a sealed folder, once every file is found to be as it was saved.
+
+    Raises ``CheckpointError`` if a file is missing or damaged.
+    """
+    folder = Path(folder)
+    manifest = _read_manifest(folder, FORMAT, SEALED)
+    if manifest["format"] == FORMAT:
+        return _read(folder)[0]
+    try:
+        entries = [(str(name), entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
+        card = dict(manifest["card"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _error(folder / MANIFEST, "a card and a list of files", f"neither ({error!r})", RELOAD) from error
+    for name, size, digest in entries:
+        if os.path.basename(name) != name:
+            raise _error(folder / MANIFEST, "files in this folder", repr(name), RELOAD)
+        _read_agreed(folder / name, size, digest)
+    return card
+
+
 def step_folder(folder: FolderLike, step: int) -> Path:
     """Where the checkpoint of training step ``step`` lies: ``folder/step-000123``."""
     return Path(folder) / f"step-{step:06d}"
@@ -248,9 +282,9 @@ def _pack_training(folder: Path, training: Mapping) -> bytes:
     return buffer.getvalue()
 
 
-def _pack_manifest(folder: Path, files: dict, card: Mapping | None) -> bytes:
+def _pack_manifest(folder: Path, files: dict, card: Mapping | None, form: str = FORMAT) -> bytes:
     try:
-        manifest = {"format": FORMAT, "files": files, "card": json.loads(json.dumps(dict(card or {}), allow_nan=False))}
+        manifest = {"format": form, "files": files, "card": json.loads(json.dumps(dict(card or {}), allow_nan=False))}
         return json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2, ensure_ascii=False).encode("utf-8")
     except (TypeError, ValueError, RecursionError) as error:
         remedy = "nothing was written: keep finite numbers, strings, lists and dicts in the card"
@@ -261,8 +295,8 @@ def _digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode("utf-8")).hexdigest()
 
 
-def _read(folder: Path) -> tuple[dict, dict[str, tuple[Path, bytes]]]:
-    """The card, and for each kind of file its path and its bytes, which agree with the manifest."""
+def _read_manifest(folder: Path, *forms: str) -> dict:
+    """The manifest in ``folder``, of one of these formats and as it was saved."""
     path = folder / MANIFEST
     if not folder.is_dir():
         raise _error(folder, "the folder of a checkpoint", "none", "check the path, or train first")
@@ -275,10 +309,16 @@ def _read(folder: Path) -> tuple[dict, dict[str, tuple[Path, bytes]]]:
         actual = _digest(manifest)
     except (ValueError, RecursionError) as error:
         raise _error(path, "a JSON object", error, RELOAD) from error
-    if form != FORMAT:
-        raise _error(path, f"format {FORMAT!r}", repr(form)[:80], "check the path, or update the course")
+    if form not in forms:
+        raise _error(path, f"format {forms[0]!r}", repr(form)[:80], "check the path, or update the course")
     if stated != actual:
         raise _error(path, "the manifest that was saved", "one changed since (its sha256 differs)", RELOAD)
+    return manifest
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, tuple[Path, bytes]]]:
+    """The card, and for each kind of file its path and its bytes, which agree with the manifest."""
+    path, manifest = folder / MANIFEST, _read_manifest(folder, FORMAT)
     try:
         card = dict(manifest["card"])
         entries = {kind: (str(e["name"]), e["bytes"], str(e["sha256"])) for kind, e in manifest["files"].items()}
@@ -290,13 +330,17 @@ def _read(folder: Path) -> tuple[dict, dict[str, tuple[Path, bytes]]]:
     for kind, (name, size, digest) in entries.items():
         if not re.fullmatch(rf"{kind}-[0-9a-f]{{12}}\{SUFFIXES[kind]}", name):
             raise _error(path, f"a file in this folder called {kind}-…{SUFFIXES[kind]}", repr(name), RELOAD)
-        data = _read_bytes(folder / name, RELOAD)
-        if len(data) != size:
-            raise _error(folder / name, f"{size} bytes", f"{len(data)} bytes", RELOAD)
-        if (actual := hashlib.sha256(data).hexdigest()) != digest:
-            raise _error(folder / name, f"sha256 {digest[:12]}…", f"{actual[:12]}…: damaged", RELOAD)
-        parts[kind] = (folder / name, data)
+        parts[kind] = (folder / name, _read_agreed(folder / name, size, digest))
     return card, parts
+
+
+def _read_agreed(path: Path, size: int, digest: str) -> bytes:
+    data = _read_bytes(path, RELOAD)
+    if len(data) != size:
+        raise _error(path, f"{size} bytes", f"{len(data)} bytes", RELOAD)
+    if (actual := hashlib.sha256(data).hexdigest()) != digest:
+        raise _error(path, f"sha256 {digest[:12]}…", f"{actual[:12]}…: damaged", RELOAD)
+    return data
 
 
 def _read_bytes(path: Path, remedy: str) -> bytes:

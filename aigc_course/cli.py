@@ -2,11 +2,16 @@
 
 # Nothing heavy is imported up here: ``aigc --help`` answers at once, and torch comes in with the command that needs it.
 import argparse
+import codecs
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
 from . import __version__
+
+PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,6 +113,78 @@ def sample(args: argparse.Namespace) -> int:
     return 0
 
 
+def generate(args: argparse.Namespace) -> int:
+    """Write on from a prompt with a language model."""
+    import torch
+
+    from .generate import beam_search, stream
+    from .runtime import CourseError, rng_for
+
+    if args.n < 1:
+        raise CourseError(f"--n is {args.n}: ask for at least one text")
+    drawing = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    drawing = {name: value for name, value in drawing.items() if value is not None}
+    if args.beams is not None and (drawing or args.n > 1):
+        option = f"--{next(iter(drawing), 'n').replace('_', '-')}"
+        raise CourseError(f"--beams draws nothing, and takes no {option}: leave out one of the two")
+
+    model, tokenizer, poems = _language_model(args.model, args.device)
+    ids = tokenizer.encode(args.prompt)
+    if poems or not ids:
+        ids = [tokenizer.end, *ids]  # a poem stands between two end tokens
+    room = max(1, min(100, model.config.block_size - len(ids)))
+    prompt = torch.tensor([ids], device=model.wte.weight.device)
+    common = {
+        "max_new_tokens": room if args.max_new_tokens is None else args.max_new_tokens,
+        "repetition_penalty": args.repetition_penalty,
+        "no_repeat_ngram_size": args.no_repeat_ngram,
+        "stop": tokenizer.end,
+    }
+    for i in range(args.n):
+        if args.beams is not None:
+            tokens = beam_search(model, prompt, num_beams=args.beams, **common)[0, len(ids) :].tolist()
+        else:
+            tokens = stream(model, prompt, rng=rng_for(args.seed, "generate", i), **drawing, **common)
+        pieces = (tokenizer.token_bytes(token) for token in tokens if token != tokenizer.end)
+        print(end="\n" if i else "")
+        last = ""
+        for text in chain([args.prompt], _characters(pieces)):
+            text = text.replace("。", "。\n") if poems else text
+            print(text, end="", flush=True)
+            last = text or last
+        print(end="" if last.endswith("\n") else "\n")
+    return 0
+
+
+def _language_model(name: str, device: str):
+    """A GPT-2, its tokenizer, and whether it writes poems: one of the course's, a published one, or one in a folder."""
+    from . import recipes
+    from .checkpoints import MANIFEST, read_card
+    from .gpt2 import GPT2
+    from .runtime import CourseError, pick_device
+    from .tokenizer import Tokenizer
+
+    if name in recipes.LANGUAGE_NAMES:
+        return *recipes.load_pretrained(name, device=device), name == "tang"
+    device = pick_device(device)
+    if name in PUBLISHED:
+        return GPT2.from_pretrained(name).to(device), Tokenizer.gpt2(), False
+    folder = Path(name) / "model" if (Path(name) / "model").is_dir() else Path(name)  # of a run, or as it is
+    if not folder.is_dir():
+        known = ", ".join((*recipes.LANGUAGE_NAMES, *PUBLISHED))
+        raise CourseError(f"there is no model {name!r}: choose from {known}, or name a folder")
+    card = read_card(folder) if (folder / MANIFEST).exists() else {}
+    return GPT2.from_pretrained(folder).to(device), Tokenizer.load(folder), card.get("recipe") == "tang"
+
+
+def _characters(pieces: Iterable[bytes]) -> Iterator[str]:
+    """The text of UTF-8 in pieces, as it comes: a character is held back until its last byte is there."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    for piece in pieces:
+        yield decoder.decode(piece)
+    yield decoder.decode(b"", final=True)
+
+
 def ship(args: argparse.Namespace) -> int:
     """Put a trained model among those that come with the course, in data/checkpoints."""
     from . import recipes
@@ -149,11 +226,14 @@ def _parser() -> argparse.ArgumentParser:
     def add_profile(to: argparse.ArgumentParser) -> None:
         to.add_argument("--profile", help="quick (two cores, minutes; the default) or full (a GPU)")
 
+    def add_seed_and_device(to: argparse.ArgumentParser) -> None:
+        to.add_argument("--seed", type=int, default=0, metavar="N", help="where randomness starts (default 0)")
+        to.add_argument("--device", default="auto", metavar="D", help="auto (the default), cpu, cuda or mps")
+
     def add_model(to: argparse.ArgumentParser) -> None:
         to.add_argument("name", metavar="NAME", help="the model, such as gmm")
         add_profile(to)
-        to.add_argument("--seed", type=int, default=0, metavar="N", help="where randomness starts (default 0)")
-        to.add_argument("--device", default="auto", metavar="D", help="auto (the default), cpu, cuda or mps")
+        add_seed_and_device(to)
 
     add("doctor", doctor)
 
@@ -179,6 +259,22 @@ def _parser() -> argparse.ArgumentParser:
     side = add("experiment", experiment)
     side.add_argument("name", metavar="NAME", help="the experiment, such as vae_beta")
     side.add_argument("--device", default="auto", metavar="D", help="auto (the default), cpu, cuda or mps")
+
+    writing = add("generate", generate)
+    writing.add_argument("prompt", metavar="PROMPT", help='the beginning of the text; "" for none')
+    writing.add_argument(
+        "--model", default="tang", metavar="M", help="tang (the default), shakespeare, gpt2, or a folder with a GPT-2"
+    )
+    writing.add_argument("--max-new-tokens", type=int, metavar="N", help="default: 100, or what the context holds")
+    writing.add_argument("--temperature", type=float, metavar="T", help="0: the most likely token (default 1)")
+    writing.add_argument("--top-k", type=int, metavar="K", help="draw among the K most likely tokens")
+    writing.add_argument("--top-p", type=float, metavar="P", help="draw among the tokens that make up P of probability")
+    writing.add_argument("--min-p", type=float, metavar="P", help="drop tokens below P times the most likely one")
+    writing.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less")
+    writing.add_argument("--no-repeat-ngram", type=int, default=0, metavar="N", help="no N tokens in a row twice")
+    writing.add_argument("--beams", type=int, metavar="B", help="search for a likely text with B beams, draw nothing")
+    writing.add_argument("--n", type=int, default=1, metavar="N", help="how many texts (default 1)")
+    add_seed_and_device(writing)
 
     sampling = add("sample", sample)
     add_model(sampling)

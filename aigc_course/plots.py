@@ -1,20 +1,25 @@
 """Figures from arrays: one style, colours for colour-blind readers, alternative text on every figure."""
 
+import functools
 import io
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager, get_font
 from matplotlib.patches import Ellipse
 from torch import Tensor
 
-from .runtime import CourseError
+from .datasets import DataError, verified_bytes
+from .runtime import CourseError, course_dir
 
 # Okabe and Ito (2008), "Color universal design": told apart with every common form of colour blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -30,6 +35,42 @@ STYLE = {
     "font.size": 10,
     "legend.frameon": False,
 }
+FONT = "fonts/aigc-course-cjk.otf"
+GREY = "#BBBBBB"
+
+
+@functools.cache
+def _families() -> list[str]:
+    """The fonts that a text is drawn with, each where the one before has no glyph; a missing file is told once."""
+    try:
+        verified_bytes(FONT, course_dir() / "data")
+    except DataError as error:
+        warnings.warn(f"Chinese characters are drawn as boxes: {error}", stacklevel=3)
+        return ["DejaVu Sans"]
+    fontManager.addfont(course_dir() / "data" / FONT)
+    return ["DejaVu Sans", "AIGC Course CJK"]
+
+
+def _style() -> dict[str, Any]:
+    return STYLE | {"font.family": _families()}
+
+
+@functools.cache
+def _drawable() -> frozenset[int]:
+    """The code points that at least one of the fonts has a glyph for."""
+    files = (fontManager.findfont(family) for family in _families())
+    return frozenset().union(*(get_font(file).get_charmap() for file in files))
+
+
+def readable(text: str) -> str:
+    """``text``, such as a token, as figures show it on one line: a space as ``␣``, a line's end as ``⏎``.
+
+    A character that no font has becomes ``〓`` (the printers' sign for a missing type), and a dollar sign starts no
+    formula.
+    """
+    missing = "〓" if ord("〓") in _drawable() else "?"
+    text = text.replace(" ", "␣").replace("\n", "⏎")
+    return "".join(c if ord(c) in _drawable() else missing for c in text).replace("$", r"\$")
 
 
 @contextmanager
@@ -38,9 +79,10 @@ def canvas(
 ) -> Iterator[tuple[Figure, Axes]]:
     """A new figure in the course's style and its axes (one, or an array of them), ``width`` by ``height`` inches.
 
-    Use as ``with canvas() as (figure, axes): …``; hand the figure to ``present`` afterwards.
+    Use as ``with canvas() as (figure, axes): …``; hand the figure to ``present`` afterwards. Any text may hold Chinese
+    characters, but not together with a formula between dollar signs.
     """
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(_style()):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.subplots(rows, columns, **options)
@@ -49,7 +91,7 @@ def canvas(
 def png(figure: Figure) -> bytes:
     """The figure as a PNG file."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(_style()):
         figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
 
@@ -140,3 +182,49 @@ def lines(
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if len(curves) > 1:
         axes.legend()
+
+
+def attention_map(
+    axes: Axes, weights: Float[Tensor, "t t"], tokens: Sequence[str], title: str, *, top: float = 1.0
+) -> None:
+    """Draw attention weights: row i shows how the position of token i spreads its attention over the tokens.
+
+    The colours go from white at 0 to dark blue at ``top``. Raises ``CourseError`` unless there are t tokens.
+    """
+    if len(tokens) != len(weights):
+        raise CourseError(f"{len(tokens)} tokens for attention weights of {len(weights)} positions: give one for each")
+    image = axes.imshow(weights.detach().float().cpu().numpy(), cmap="Blues", vmin=0, vmax=top, interpolation="nearest")
+    labels = [readable(token) for token in tokens]
+    axes.set_xticks(range(len(labels)), labels, rotation=90 if max(map(len, labels)) > 2 else 0)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(title=title, xlabel="attended to", ylabel="attending")
+    axes.figure.colorbar(image, ax=axes, label="attention weight")
+
+
+def probability_bars(
+    axes: Axes,
+    probabilities: Float[Tensor, "n"],
+    labels: Sequence[str],
+    title: str,
+    kept: Bool[Tensor, "n"] | None = None,
+) -> None:
+    """Draw a distribution over tokens as horizontal bars, the first on top, each with its probability.
+
+    Where ``kept`` is false a bar is grey: the token was filtered out. Raises ``CourseError`` unless there are as many
+    labels as bars.
+    """
+    n = len(probabilities)
+    if len(labels) != n:
+        raise CourseError(f"{n} probabilities, {len(labels)} labels: give one for each")
+    shown = [True] * n if kept is None else kept.tolist()
+    colours = [COLOURS[0] if keep else GREY for keep in shown]
+    bars = axes.barh(range(n), probabilities.detach().float().cpu().numpy(), color=colours)
+    axes.bar_label(bars, fmt="{:.3f}", padding=3, fontsize=8)
+    axes.set_yticks(range(n), [readable(label) for label in labels])
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.set(title=title, xlabel="probability")
+    if not all(shown):
+        names = [name for name, present in (("kept", any(shown)), ("filtered out", True)) if present]
+        handles = [bars[shown.index(name == "kept")] for name in names]
+        axes.legend(handles, names, loc="lower right")

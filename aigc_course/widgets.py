@@ -1,4 +1,4 @@
-"""Sliders over callables, for readers with a kernel; a figure that is redrawn while something runs."""
+"""Controls over callables, for readers with a kernel; a figure that is redrawn while something runs."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -7,34 +7,44 @@ from matplotlib.figure import Figure
 
 from .plots import bundle, png
 
+Range = tuple[int, int, int] | tuple[str, ...] | str
 
-def explorer(draw: Callable[..., Figure], alt: str, **ranges: tuple[int, int, int]) -> None:
-    """Display ``draw(**values)`` under one integer slider for each of ``ranges``: name to (first, last, at the start).
 
-    A picture already drawn is kept, so moving back is instant. Where no kernel runs, a line says so; put a static
-    figure beside it that shows the same.
+def explorer(draw: Callable[..., Figure], alt: str, **ranges: Range) -> None:
+    """Display ``draw(**values)`` under one control for each of ``ranges``, which give the values it may take.
+
+    Three whole numbers (first, last, at the start) make a slider; strings a list to choose from, the first at the
+    start; one string a box for a text of the reader's own, read at the press of Enter. A picture already drawn is kept,
+    so moving back is instant. Where no kernel runs, a line says so; put a static figure beside it that shows the same.
     """
     import ipywidgets
     from IPython.display import display
 
-    sliders = {
-        name: ipywidgets.IntSlider(
-            start, low, high, description=name.replace("_", " "), style={"description_width": "initial"}
-        )
-        for name, (low, high, start) in ranges.items()
-    }
+    controls = {name: _control(name.replace("_", " "), values) for name, values in ranges.items()}
     picture = ipywidgets.Image(format="png", layout={"max_width": "100%", "align_self": "flex-start"})
-    picture_of = lru_cache(maxsize=64)(lambda *values: png(draw(**dict(zip(sliders, values, strict=True)))))
+    picture_of = lru_cache(maxsize=64)(lambda *values: png(draw(**dict(zip(controls, values, strict=True)))))
 
     def redraw(_=None) -> None:
-        picture.value = picture_of(*(slider.value for slider in sliders.values()))
+        picture.value = picture_of(*(control.value for control in controls.values()))
 
-    for slider in sliders.values():
-        slider.observe(redraw, names="value")
+    for control in controls.values():
+        control.observe(redraw, names="value")
     redraw()
-    data = ipywidgets.VBox([*sliders.values(), picture])._repr_mimebundle_()
+    data = ipywidgets.VBox([*controls.values(), picture])._repr_mimebundle_()
     data["text/plain"] = f"Interactive: run this cell in JupyterLab and move the sliders. {alt}"
     display(data, raw=True)
+
+
+def _control(label: str, values: Range):
+    import ipywidgets
+
+    options = {"description": label, "style": {"description_width": "initial"}}
+    if isinstance(values, str):
+        return ipywidgets.Text(values, continuous_update=False, **options)
+    if all(isinstance(value, str) for value in values):
+        return ipywidgets.Dropdown(options=values, value=values[0], **options)
+    low, high, start = values
+    return ipywidgets.IntSlider(start, low, high, **options)
 
 
 class LiveFigure:

@@ -8,12 +8,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "aigc_course"
 FLOORS = [
     {"runtime", "datasets", "tokenizer", "state", "checkpoints"},
-    {"gmm", "vae", "gan", "unet", "diffusion", "gpt2", "generate", "classifier"},
+    {"gmm", "vae", "gan", "unet", "diffusion", "ngram", "gpt2", "generate", "classifier"},
     {"training", "metrics", "plots", "widgets"},
     {"recipes", "experiments", "lessons", "exercises", "course", "pages", "doctor", "cli"},
 ]
 # On one floor everyone may use runtime, and these pairs are allowed.
 SIDEWAYS = {
+    ("tokenizer", "datasets"),
     ("diffusion", "unet"),
     ("generate", "gpt2"),
     ("widgets", "plots"),

@@ -1,6 +1,8 @@
 """Figures and sliders: what is drawn is what was given, and nobody who cannot see it is left out."""
 
 import io
+import warnings
+from collections import Counter
 
 import matplotlib.image
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from aigc_course import plots, widgets
+from aigc_course.datasets import verified_bytes
 from aigc_course.runtime import CourseError
 
 RAMP = torch.linspace(-1, 1, 2 * 1 * 3 * 4).reshape(2, 1, 3, 4)
@@ -161,3 +164,150 @@ def test_moving_a_slider_draws_anew_and_moving_back_does_not(monkeypatch):
     assert drawn == [(0, 3), (4, 3)]
     assert "application/vnd.jupyter.widget-view+json" in shown[0]
     assert "run this cell" in shown[0]["text/plain"] and "A line." in shown[0]["text/plain"]
+
+
+def test_a_list_to_choose_from_and_a_box_for_a_text(monkeypatch):
+    import ipywidgets
+
+    boxes, drawn = [], []
+    original = ipywidgets.VBox
+    monkeypatch.setattr(ipywidgets, "VBox", lambda children: boxes.append(original(children)) or boxes[-1])
+    monkeypatch.setattr("IPython.display.display", lambda bundle, raw: None)
+
+    def draw(text, way):
+        drawn.append((text, way))
+        with plots.canvas() as (figure, axes):
+            axes.set_title(f"{text} {way}")
+        return figure
+
+    widgets.explorer(draw, "A title.", text="To be", way=("greedy", "drawn"))
+    text, way, picture = boxes[0].children
+    first = picture.value
+    way.value = "drawn"
+    text.value = "Or not"
+    assert picture.value != first
+    assert drawn == [("To be", "greedy"), ("To be", "drawn"), ("Or not", "drawn")]
+    assert way.options == ("greedy", "drawn") and not text.continuous_update
+
+
+# --- Chinese characters -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh_fonts():
+    """What was found out about the fonts is forgotten before the test, and after it."""
+    caches = (plots._families, plots._drawable)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def poem_figure(text="白日依山尽，黄河入海流。"):
+    with plots.canvas(1, 2) as (figure, (left, right)):
+        plots.attention_map(left, torch.eye(len(text)), list(text), f"注意力: {text}")
+        plots.probability_bars(right, torch.full((len(text),), 0.05), list(text), "Each of these is 0.05")
+        plots.lines(
+            left, [0, 1], {"困惑度": [0.0, 1.0], "PPL": [1.0, 0.0]}, title="《登鹳雀楼》", xlabel="步", ylabel="¥"
+        )
+    return figure
+
+
+def test_chinese_characters_are_drawn_everywhere_and_leave_no_box():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert plots.png(poem_figure("白日依山尽")) != plots.png(poem_figure("黄河入海流"))
+
+
+def test_without_the_font_figures_are_drawn_and_one_line_says_so(fresh_fonts, monkeypatch, tmp_path):
+    """The control of the test above: boxes do raise matplotlib's warning."""
+    monkeypatch.setattr(plots, "course_dir", lambda: tmp_path)
+    with pytest.warns(UserWarning) as caught:
+        assert plots.png(poem_figure()) and plots.png(poem_figure())
+        assert plots.readable("白 日") == "?␣?"
+    ours = [str(warning.message) for warning in caught if "boxes" in str(warning.message)]
+    assert len(ours) == 1 and str(tmp_path / "data" / plots.FONT) in ours[0] and "\n" not in ours[0]
+    assert any("Glyph" in str(warning.message) and "missing" in str(warning.message) for warning in caught)
+
+
+def test_the_poems_can_be_drawn():
+    """All of the two anthologies, and nearly all of the rare characters of the large collection."""
+    for name in ("tang300", "song100"):
+        assert "〓" not in plots.readable(verified_bytes(f"poems/{name}.txt").decode("utf-8").replace("\n", ""))
+    counts = Counter(verified_bytes("poems/tang_regulated.txt.gz").decode("utf-8"))
+    missing = {c: n for c, n in counts.items() if plots.readable(c) == "〓"}
+    assert len(missing) < 80 and sum(missing.values()) < 1e-3 * counts.total()
+
+
+@pytest.mark.parametrize(
+    ("token", "drawn"),
+    [
+        (" the", "␣the"),
+        ("\n", "⏎"),
+        ("$5 and $6", r"\$5␣and␣\$6"),
+        ("\ufffd", "\ufffd"),
+        ("𰬸人\0", "〓人〓"),
+        ("", ""),
+    ],
+)
+def test_a_token_is_made_readable(token, drawn):
+    assert plots.readable(token) == drawn
+
+
+# --- Attention and next-token distributions ---------------------------------------------------------------------------
+
+
+def texts(labels):
+    return [label.get_text() for label in labels]
+
+
+@pytest.mark.parametrize(("tokens", "rotation"), [(list("春眠不"), 0), (["First", " Citizen", ":"], 90)])
+def test_an_attention_map_has_queries_as_rows_and_keys_as_columns(tokens, rotation):
+    weights = torch.tensor([[1.0, 0.0, 0.0], [0.25, 0.75, 0.0], [0.5, 0.2, 0.3]], requires_grad=True)
+    with plots.canvas() as (figure, axes):
+        plots.attention_map(axes, weights, tokens, "Only the past is seen")
+    image = axes.images[0]
+    assert np.allclose(image.get_array(), weights.detach()) and image.get_clim() == (0, 1)
+    assert tuple(image.get_extent()) == (-0.5, 2.5, 2.5, -0.5)  # row 0 on top
+    expected = [token.replace(" ", "␣") for token in tokens]
+    assert texts(axes.get_xticklabels()) == texts(axes.get_yticklabels()) == expected
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {rotation}
+    assert (axes.get_title(loc="left"), axes.get_xlabel(), axes.get_ylabel()) == (
+        "Only the past is seen",
+        "attended to",
+        "attending",
+    )
+    assert len(figure.axes) == 2 and figure.axes[1].get_ylabel() == "attention weight"
+    with plots.canvas() as (_, axes):
+        plots.attention_map(axes, weights / 4, tokens, "Paler", top=0.5)
+    assert axes.images[0].get_clim() == (0, 0.5)
+    with pytest.raises(CourseError, match="2 tokens .* 3 positions"), plots.canvas() as (_, axes):
+        plots.attention_map(axes, weights, ["a", "b"], "t")
+
+
+def test_probability_bars_show_each_probability_and_grey_out_what_was_filtered():
+    p, kept = torch.tensor([0.5, 0.3, 0.1]), torch.tensor([True, True, False])
+    with plots.canvas() as (_, axes):
+        plots.probability_bars(axes, p, ["。", " a", "$"], "top-k of 2", kept)
+    bars = axes.containers[0]
+    assert np.allclose([bar.get_width() for bar in bars], p)
+    colours = [matplotlib.colors.to_hex(bar.get_facecolor()) for bar in bars]
+    assert colours[0] == colours[1] == plots.COLOURS[0].lower() != colours[2] == plots.GREY.lower()
+    assert texts(axes.get_yticklabels()) == ["。", "␣a", r"\$"] and axes.yaxis_inverted()
+    assert texts(axes.texts) == ["0.500", "0.300", "0.100"]
+    assert texts(axes.get_legend().get_texts()) == ["kept", "filtered out"]
+    for handle, colour in zip(axes.get_legend().legend_handles, (colours[0], colours[2]), strict=True):
+        assert matplotlib.colors.to_hex(handle.get_facecolor()) == colour
+
+
+@pytest.mark.parametrize("kept", [None, torch.tensor([True, True])])
+def test_bars_of_which_none_was_filtered_need_no_legend(kept):
+    with plots.canvas() as (_, axes):
+        plots.probability_bars(axes, torch.tensor([0.9, 0.1]), ["a", "b"], "t", kept)
+    assert axes.get_legend() is None
+
+
+def test_bars_without_their_labels_are_refused():
+    with pytest.raises(CourseError, match="2 probabilities, 1 labels"), plots.canvas() as (_, axes):
+        plots.probability_bars(axes, torch.tensor([0.9, 0.1]), ["a"], "t")

@@ -9,6 +9,7 @@ from .. import recipes
 from ..checkpoints import write_atomically
 from ..runtime import CourseError, course_dir, pick_device
 from .adversarial import dcgan_ablations, dcgan_growth, dcgan_sick, digit_scale, gan_grid, unpack_images
+from .language import language_memory
 from .variational import AutoregressiveVAE, Row, collapse_step, vae_beta, vae_collapse, vae_table
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "dcgan_sick",
     "digit_scale",
     "gan_grid",
+    "language_memory",
     "record",
     "recorded",
     "run",
@@ -95,4 +97,5 @@ EXPERIMENTS: dict[str, Callable[..., Iterator[Row]]] = {
     "dcgan_growth": dcgan_growth,
     "dcgan_ablations": dcgan_ablations,
     "dcgan_sick": dcgan_sick,
+    "language_memory": language_memory,
 }

@@ -4,15 +4,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import checkpoints
 from ..datasets import FileCheck
-from ..runtime import CourseError, course_dir, pick_device, pick_profile
+from ..runtime import CourseError, pick_device, pick_profile
 from .adversarial import GANS, Plan, gan_plan, gan_recipe
 from .judge import CLASSIFIERS, DigitFigures, classifier, digit_figures, mnist_features
+from .language import (
+    LANGUAGE,
+    LANGUAGE_NAMES,
+    LanguageModel,
+    LanguagePlan,
+    LanguageSettings,
+    held_out_bits,
+    language_plan,
+    language_recipe,
+    sample_texts,
+    token_rows,
+)
 from .mixture import GMM, PCA, DigitMixture, gmm
 from .recipe import Recipe, check_profile, machine, shipped
+from .shipping import ship_language
 from .variational import BATCH_SIZE, FLAT, LEARNING_RATE, VAES, WIDE, held_out_figures, learning_rate, vae
 
 __all__ = [
@@ -21,6 +32,8 @@ __all__ = [
     "FLAT",
     "GANS",
     "GMM",
+    "LANGUAGE",
+    "LANGUAGE_NAMES",
     "LEARNING_RATE",
     "NAMES",
     "PCA",
@@ -30,6 +43,9 @@ __all__ = [
     "WIDE",
     "DigitFigures",
     "DigitMixture",
+    "LanguageModel",
+    "LanguagePlan",
+    "LanguageSettings",
     "Recipe",
     "build",
     "card_of",
@@ -37,13 +53,17 @@ __all__ = [
     "check_profile",
     "digit_figures",
     "gan_plan",
+    "held_out_bits",
     "held_out_figures",
+    "language_plan",
     "learning_rate",
     "load_pretrained",
     "machine",
     "mnist_features",
     "pretrained",
+    "sample_texts",
     "ship",
+    "token_rows",
 ]
 
 RECIPES = {
@@ -51,6 +71,7 @@ RECIPES = {
     **{name: partial(vae, name) for name in ("vae", "vae2d", "iwae")},
     **{name: partial(gan_recipe, name) for name in ("gan", "dcgan")},
     "classifier": classifier,
+    **{name: partial(language_recipe, name) for name in LANGUAGE_NAMES},
 }
 NAMES = tuple(RECIPES)
 
@@ -69,39 +90,41 @@ def load_pretrained(name: str, *, device: str = "auto") -> Any:
     """
     if name not in pretrained():
         raise CourseError(f"no trained model {name!r} comes with the course: choose from {', '.join(pretrained())}")
-    checkpoint = shipped(name, pick_device(device))
-    return build(name, checkpoint.card["profile"], device=device).restore(checkpoint)
+    return build(name, card_of(name)["profile"], device=device).restore(shipped(name))
 
 
 def card_of(name: str) -> dict[str, Any]:
     """What the trained model ``name`` says of itself: its command, machine, seed, settings and figures."""
-    return shipped(name, torch.device("cpu")).card
+    return checkpoints.read_card(shipped(name))
 
 
 def pretrained() -> list[str]:
     """The names of the trained models that come with the course."""
-    return sorted(
-        path.parent.name for path in (course_dir() / "data" / "checkpoints").glob(f"*/{checkpoints.MANIFEST}")
-    )
+    return sorted(name for name in NAMES if (shipped(name) / checkpoints.MANIFEST).exists())
 
 
 def ship(name: str, run: Path) -> Path:
     """Put the model that ``train(run)`` kept among those that come with the course; returns its folder there."""
-    checkpoint = checkpoints.load(Path(run) / "model")
-    if (found := checkpoint.card.get("recipe")) != name:
+    if name not in NAMES:
+        raise CourseError(f"there is no recipe {name!r}: choose from {', '.join(NAMES)}")
+    model, folder = Path(run) / "model", shipped(name)
+    if (found := checkpoints.read_card(model).get("recipe")) != name:
         raise CourseError(f"{run} holds a model of the recipe {found}, not {name}: name another run")
-    return checkpoints.save(course_dir() / "data" / "checkpoints" / name, checkpoint.weights, card=checkpoint.card)
+    if name in LANGUAGE_NAMES:
+        return ship_language(name, model, folder)
+    checkpoint = checkpoints.load(model)
+    return checkpoints.save(folder, checkpoint.weights, card=checkpoint.card)
 
 
 def check_pretrained() -> list[FileCheck]:
     """Read every trained model that comes with the course; damage is told, not raised."""
     rows = []
     for name in pretrained():
-        folder = course_dir() / "data" / "checkpoints" / name
+        folder = shipped(name)
         size = sum(path.stat().st_size for path in folder.iterdir())
         try:
-            checkpoints.load(folder)
-            rows.append(FileCheck(f"checkpoints/{name}", size, True, "as its manifest says"))
+            checkpoints.read_card(folder)
+            rows.append(FileCheck(f"checkpoints/{folder.name}", size, True, "as its manifest says"))
         except checkpoints.CheckpointError as error:
-            rows.append(FileCheck(f"checkpoints/{name}", size, False, str(error)))
+            rows.append(FileCheck(f"checkpoints/{folder.name}", size, False, str(error)))
     return rows

@@ -129,7 +129,8 @@ def gan_recipe(name: str, profile: str, seed: int, device: torch.device) -> Reci
             checkpoints.save(Path(out) / "model", model.state_dict(), card=facts)
         return model
 
-    def restore(checkpoint: checkpoints.Checkpoint) -> Generator:
+    def restore(folder: Path) -> Generator:
+        checkpoint = checkpoints.load(folder, device=device)
         kind = GANConfig if name == "gan" else DCGANConfig
         model = Generator(kind(**checkpoint.card["config"]), rng_for(0))
         model.load_state_dict(checkpoint.weights)

@@ -51,7 +51,8 @@ def classifier(profile: str, seed: int, device: torch.device) -> Recipe:
             checkpoints.save(Path(out) / "model", model.state_dict(), card=facts)
         return model
 
-    def restore(checkpoint: checkpoints.Checkpoint) -> Classifier:
+    def restore(folder: Path) -> Classifier:
+        checkpoint = checkpoints.load(folder, device=device)
         model = Classifier(ClassifierConfig(**checkpoint.card["config"]), rng_for(0))
         model.load_state_dict(checkpoint.weights)
         return model.to(device, memory_format=torch.channels_last).eval()
@@ -65,7 +66,7 @@ def classifier(profile: str, seed: int, device: torch.device) -> Recipe:
 @lru_cache(maxsize=2)
 def _judge(device: torch.device) -> Classifier:
     """The classifier that comes with the course; it is read once."""
-    return classifier("full", 0, device).restore(shipped("classifier", device))
+    return classifier("full", 0, device).restore(shipped("classifier"))
 
 
 @torch.no_grad()

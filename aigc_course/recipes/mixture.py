@@ -100,7 +100,8 @@ def gmm(profile: str, seed: int, device: torch.device) -> Recipe:
             checkpoints.save(Path(out) / "model", model.weights(), card=card("gmm", profile, seed, device, figures))
         return model
 
-    def restore(checkpoint: checkpoints.Checkpoint) -> DigitMixture:
+    def restore(folder: Path) -> DigitMixture:
+        checkpoint = checkpoints.load(folder, device=device)
         return DigitMixture.from_weights(checkpoint.weights)
 
     return Recipe(name="gmm", profile=profile, train=train, restore=restore, sample=DigitMixture.sample, device=device)

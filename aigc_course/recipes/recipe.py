@@ -18,27 +18,27 @@ class Recipe:
     """A named model with everything decided: how it is trained on its data, loaded again, and sampled.
 
     ``train(out=None, on_log=None)`` returns the model, and keeps it in the folder ``out`` if there is one;
-    ``load(out)`` reads it back; ``restore(checkpoint)`` makes the model of what ``checkpoints.load`` read;
-    ``sample(model, n, rng)`` gives images (n, 1, height, width) in [-1, 1].
+    ``load(out)`` reads it back; ``restore(folder)`` reads a folder such as ``out/model``;
+    ``sample(model, n, rng)`` gives images (n, 1, height, width) in [-1, 1], or a list of n texts.
     """
 
     name: str
     profile: str
     train: Callable[..., Any]
-    restore: Callable[[checkpoints.Checkpoint], Any]
-    sample: Callable[[Any, int, torch.Generator], Tensor]
+    restore: Callable[[Path], Any]
+    sample: Callable[[Any, int, torch.Generator], Tensor | list[str]]
     device: torch.device
 
     def load(self, out: Path) -> Any:
         """The model that ``train(out)`` kept; raises ``CourseError`` if another profile left it there."""
         check_profile(out, self.profile)
-        return self.restore(checkpoints.load(Path(out) / "model", device=self.device))
+        return self.restore(Path(out) / "model")
 
 
 def check_profile(out: Path, profile: str) -> None:
     """Raise ``CourseError`` if the folder ``out`` holds a model of another profile."""
     folder = Path(out) / "model"
-    found = checkpoints.load(folder).card.get("profile") if (folder / checkpoints.MANIFEST).exists() else profile
+    found = checkpoints.read_card(folder).get("profile") if (folder / checkpoints.MANIFEST).exists() else profile
     if found != profile:
         raise CourseError(
             f"{out} holds a model of the profile {found}, not {profile}: add --profile {found}, or name another folder"
@@ -63,6 +63,8 @@ def card(name: str, profile: str, seed: int, device: torch.device, figures: Mapp
     }
 
 
-def shipped(name: str, device: torch.device) -> checkpoints.Checkpoint:
-    """The files of the trained model ``name`` that comes with the course, verified."""
-    return checkpoints.load(course_dir() / "data" / "checkpoints" / name, device=device)
+def shipped(name: str) -> Path:
+    """The folder of the trained model ``name`` that comes with the course."""
+    return (
+        course_dir() / "data" / "checkpoints" / {"tang": "gpt2-tang", "shakespeare": "gpt2-shakespeare"}.get(name, name)
+    )

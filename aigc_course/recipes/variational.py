@@ -59,7 +59,8 @@ def vae(name: str, profile: str, seed: int, device: torch.device) -> Recipe:
             checkpoints.save(Path(out) / "model", model.state_dict(), card=facts)
         return model.eval()
 
-    def restore(checkpoint: checkpoints.Checkpoint) -> VAE:
+    def restore(folder: Path) -> VAE:
+        checkpoint = checkpoints.load(folder, device=device)
         model = VAE(VAEConfig(**checkpoint.card["config"])).to(device)
         model.load_state_dict(checkpoint.weights)
         return model.eval()

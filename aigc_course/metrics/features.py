@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, Integer
 from torch import Tensor
 
-from .runtime import CourseError
+from ..runtime import CourseError
 
 BLOCK = 2**20  # numbers of a matrix held at once, 8 MB: the pairs of 10,000 with 10,000 rows would take 800 MB
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
