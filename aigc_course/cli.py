@@ -100,6 +100,8 @@ def sample(args: argparse.Namespace) -> int:
         raise CourseError(f"--n is {args.n}: ask for at least one sample")
     if args.out.suffix != ".png":
         raise CourseError(f"--out is {args.out}: give it a name that ends in .png")
+    if args.name in recipes.LANGUAGE_NAMES:
+        raise CourseError(f'{args.name} writes texts, not pictures: aigc generate "" --model {args.name}')
     recipe, run = _recipe(args), args.run or run_dir(args.name)
     if args.run is None and not run.exists() and args.name in recipes.pretrained():
         print(f"there is no run {run}: sampling from the model that comes with the course")

@@ -243,6 +243,7 @@ def run_cli(*words) -> int:
         (["sample", recipes.NAMES[0], "--run", "/no/such/run"], "run"),
         (["sample", recipes.NAMES[0], "--n", "0"], "--n"),
         (["sample", recipes.NAMES[0], "--out", "picture"], ".png"),
+        (["sample", "tang"], 'aigc generate "" --model tang'),
         (["data"], "COMMAND"),
         ([], "COMMAND"),
     ],

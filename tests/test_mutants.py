@@ -8,6 +8,7 @@ import ast
 import contextlib
 import importlib
 import inspect
+import sys
 import textwrap
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,7 @@ from aigc_course.runtime import course_dir
 class Mutant:
     lesson: str
     what: str
-    target: str  # module.function or module.Class
+    target: str  # module.function, module.Class or module.Class.method, where it is defined
     old: str
     new: str
     tag: str
@@ -33,6 +34,7 @@ class Mutant:
 
 GMM, VAE = "01_gaussian_mixtures", "02_variational_autoencoder"
 GAN, DCGAN = "03_the_gan_objective", "04_dcgan_on_mnist"
+GPT, GPT2 = "05_transformer_from_scratch", "06_gpt2_text_generation"
 MUTANTS = [
     Mutant(GMM, "log-determinant with the wrong sign", "gmm.gaussian_log_prob", "- log_det", "+ log_det", "1.5"),
     Mutant(GMM, "the constant without its d", "gmm.gaussian_log_prob", "x.shape[1] * math.log", "math.log", "1.5"),
@@ -257,6 +259,225 @@ MUTANTS = [
     ),
     Mutant(DCGAN, "n and m exchanged", "metrics.kernel_distance", "(m * (m - 1))", "(n * (n - 1))", "4.8"),
     Mutant(DCGAN, "a kernel of degree two", "metrics.polynomial_kernel", "** 3", "** 2", "4.8"),
+    Mutant(GPT, "mean of the perplexities", "metrics.text.perplexity", ".mean().exp()", ".exp().mean()", "5.2"),
+    Mutant(
+        GPT,
+        "nats sold as bits",
+        "metrics.text.bits_per_character",
+        "(math.log(2) * n_characters)",
+        "n_characters",
+        "5.3",
+    ),
+    Mutant(GPT, "a space in front", "tokenizer._backend", "add_prefix_space=False", "add_prefix_space=True", "5.5"),
+    Mutant(
+        GPT,
+        "no causal mask",
+        "gpt2.model.CausalSelfAttention",
+        "is_causal=mask is None and x.shape[1] > 1",
+        "is_causal=False",
+        "5.6",
+    ),
+    Mutant(GPT, "mask off by one", "gpt2.model.CausalSelfAttention", ".triu(1)", ".triu(2)", "5.10"),
+    Mutant(GPT, "no scaling", "gpt2.model.CausalSelfAttention", "dropout_p=", "scale=1.0, dropout_p=", "5.10"),
+    Mutant(GPT, "softmax over the queries", "gpt2.model.CausalSelfAttention", ".softmax(-1)", ".softmax(-2)", "5.10"),
+    Mutant(
+        GPT,
+        "heads interleaved",
+        "gpt2.model.CausalSelfAttention",
+        "view(b, t, self.n_head, d // self.n_head).transpose(1, 2)",
+        "view(b, t, d // self.n_head, self.n_head).permute(0, 3, 1, 2)",
+        "5.10",
+    ),
+    Mutant(
+        GPT,
+        "a large epsilon",
+        "gpt2.model.Block",
+        "self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_eps)",
+        "self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-3)",
+        "5.12",
+    ),
+    Mutant(GPT, "a digit lost in the GELU", "gpt2.model.gelu", "0.044715", "0.44715", "5.13"),
+    Mutant(GPT, "the exact GELU", "gpt2.model.MLP", 'approximate="tanh"', 'approximate="none"', "5.13"),
+    Mutant(GPT, "residual path dropped", "gpt2.model.Block", "return x + self.drop", "return self.drop", "5.14"),
+    Mutant(
+        GPT,
+        "layer norm after the sum",
+        "gpt2.model.Block",
+        "return x + self.drop(self.mlp(self.ln_2(x)))",
+        "return self.ln_2(x + self.drop(self.mlp(x)))",
+        "5.15",
+    ),
+    Mutant(
+        GPT,
+        "both parts read the same input",
+        "gpt2.model.Block",
+        "x = x + self.drop(self.attn(self.ln_1(x), mask, cache, layer))\n        return x",
+        "y = x + self.drop(self.attn(self.ln_1(x), mask, cache, layer))\n        return y",
+        "5.15",
+    ),
+    Mutant(
+        GPT,
+        "no positions",
+        "gpt2.model.GPT2",
+        "self.drop(self.wte(ids) + self.wpe(positions))",
+        "self.drop(self.wte(ids))",
+        "5.16",
+    ),
+    Mutant(GPT, "the last norm forgotten", "gpt2.model.GPT2", "return self.ln_f(x)", "return x", "5.16"),
+    Mutant(
+        GPT,
+        "a look ahead",
+        "gpt2.model.CausalSelfAttention",
+        "is_causal=mask is None and x.shape[1] > 1",
+        "is_causal=False",
+        "5.17",
+    ),
+    Mutant(
+        GPT,
+        "weights not tied in the gradient",
+        "gpt2.model.GPT2.logits",
+        "F.linear(hidden, self.wte.weight)",
+        "F.linear(hidden, self.wte.weight.detach())",
+        "5.19",
+    ),
+    Mutant(
+        GPT,
+        "labels not shifted",
+        "gpt2.model.lm_losses",
+        "batch[:, :-1].clamp_min(0), batch[:, 1:]",
+        "batch[:, :-1].clamp_min(0), batch[:, :-1]",
+        "5.21",
+    ),
+    Mutant(
+        GPT,
+        "padding counted as tokens",
+        "gpt2.model.lm_step",
+        "/ (batch[:, 1:] != IGNORE).sum()",
+        "/ batch[:, 1:].numel()",
+        "5.21",
+    ),
+    Mutant(
+        GPT,
+        "a mean of the rows' means",
+        "gpt2.model.lm_step",
+        'lm_losses(state.nets["gpt2"], batch).sum() / (batch[:, 1:] != IGNORE).sum()',
+        '(lm_losses(state.nets["gpt2"], batch).sum(1) / (batch[:, 1:] != IGNORE).sum(1)).mean()',
+        "5.21",
+    ),
+    Mutant(
+        GPT2,
+        "an output layer of its own",
+        "gpt2.model.GPT2",
+        "F.linear(hidden, self.wte.weight)",
+        "F.linear(hidden, self.wte.weight.flip(0))",
+        "6.1",
+    ),
+    Mutant(GPT2, "GELU's constant misplaced", "gpt2.model.gelu", "0.044715", "0.44715", "6.2"),
+    Mutant(
+        GPT2,
+        "positions start again at zero",
+        "gpt2.model.GPT2",
+        "torch.arange(past, past + t, device=ids.device)\n        else",
+        "torch.arange(t, device=ids.device)\n        else",
+        "6.3",
+    ),
+    Mutant(
+        GPT2,
+        "positions counted with the padding",
+        "gpt2.model.GPT2",
+        "(attention_mask.long().cumsum(1) - 1)",
+        "(torch.ones_like(attention_mask).cumsum(1) - 1)",
+        "6.3",
+    ),
+    Mutant(
+        GPT2,
+        "padding attended to",
+        "gpt2.model.GPT2",
+        "(mask & attention_mask.bool()[:, None, None, :])",
+        "(mask & torch.ones_like(attention_mask).bool()[:, None, None, :])",
+        "6.3",
+    ),
+    Mutant(
+        GPT2,
+        "the cache puts new values first",
+        "gpt2.model.KVCache.append",
+        "torch.cat([past_v, v], dim=2)",
+        "torch.cat([v, past_v], dim=2)",
+        "6.3",
+    ),
+    Mutant(
+        GPT2,
+        "an MLP twice as wide as it costs",
+        "gpt2.model.MLP",
+        "4 * config.n_embd)\n        self.proj = Linear(4 *",
+        "8 * config.n_embd)\n        self.proj = Linear(8 *",
+        "6.4",
+    ),
+    Mutant(
+        GPT2,
+        "temperature multiplied",
+        "generate.decoding.filter_logits",
+        "logits / temperature",
+        "logits * temperature",
+        "6.5",
+    ),
+    Mutant(GPT2, "top-k drops the k-th", "generate.decoding.filter_logits", "logits < kth", "logits <= kth", "6.7"),
+    Mutant(
+        GPT2,
+        "top-p stops short of p",
+        "generate.decoding.filter_logits",
+        "probs.cumsum(-1) - probs >= top_p",
+        "probs.cumsum(-1) >= top_p",
+        "6.8",
+    ),
+    Mutant(
+        GPT2,
+        "min-p taken as absolute",
+        "generate.decoding.filter_logits",
+        "min_p * probs.amax(-1, keepdim=True)",
+        "min_p",
+        "6.7",
+    ),
+    Mutant(
+        GPT2,
+        "min-p before the temperature",
+        "generate.decoding.filter_logits",
+        "probs = logits.softmax(-1)\n        logits = logits.masked_fill(probs < min_p",
+        "probs = (logits * temperature).softmax(-1)\n        logits = logits.masked_fill(probs < min_p",
+        "6.9",
+    ),
+    Mutant(
+        GPT2,
+        "a negative logit divided too",
+        "generate.decoding.penalize_repetition",
+        "logits * penalty)",
+        "logits / penalty)",
+        "6.10",
+    ),
+    Mutant(
+        GPT2,
+        "drawn from squared probabilities",
+        "generate.decoding.next_token",
+        "torch.multinomial(probs.to",
+        "torch.multinomial(probs.square().to",
+        "6.11",
+    ),
+    Mutant(
+        GPT2,
+        "beams forget their past score",
+        "generate.decoding.beam_search",
+        "(scores.view(-1, 1) + log_probs)",
+        "log_probs",
+        "6.12",
+    ),
+    Mutant(
+        GPT2,
+        "length penalty the wrong way round",
+        "generate.decoding.beam_search",
+        "(totals / n**length_penalty)",
+        "(totals * n**length_penalty)",
+        "6.12",
+    ),
 ]
 
 
@@ -306,16 +527,29 @@ def outcome(lesson: str, tag: str) -> set[bool]:
 
 @contextlib.contextmanager
 def applied(mutant: Mutant):
-    module_name, name = mutant.target.split(".")
-    module = importlib.import_module(f"aigc_course.{module_name}")
-    original = getattr(module, name)
+    home, _, name = mutant.target.rpartition(".")
+    try:
+        module = owner = importlib.import_module(f"aigc_course.{home}")
+    except ModuleNotFoundError:  # a method
+        module = importlib.import_module(f"aigc_course.{home.rpartition('.')[0]}")
+        owner = getattr(module, home.rpartition(".")[2])
+    original = getattr(owner, name)
     source = textwrap.dedent(inspect.getsource(original))
     assert source.count(mutant.old) == 1, f"{mutant.target} has {source.count(mutant.old)} times: {mutant.old}"
-    exec(compile(source.replace(mutant.old, mutant.new), f"mutant of {mutant.target}", "exec"), module.__dict__)
+    holders = [owner]
+    if owner is module:  # and who imported it
+        loaded = [module for key, module in list(sys.modules.items()) if key.startswith("aigc_course")]
+        holders = [module for module in loaded if getattr(module, name, None) is original]
+    names = module.__dict__ if owner is module else dict(module.__dict__)
+    exec(compile(source.replace(mutant.old, mutant.new), f"mutant of {mutant.target}", "exec"), names)
+    mutated = names[name]
     try:
+        for holder in holders:
+            setattr(holder, name, mutated)
         yield
     finally:
-        setattr(module, name, original)
+        for holder in holders:
+            setattr(holder, name, original)
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,8 @@ def test_the_lessons_are_there():
         "02_variational_autoencoder",
         "03_the_gan_objective",
         "04_dcgan_on_mnist",
+        "05_transformer_from_scratch",
+        "06_gpt2_text_generation",
     ]
 
 

@@ -51,7 +51,7 @@ TANG, SHAKESPEARE = {"block_size": 80}, {"block_size": 256}
 QUICK = {"n_layer": 2, "n_head": 4, "n_embd": 96, "dropout": 0.0, "lr": 4e-3}
 FULL = {"n_head": 6, "n_embd": 192, "precision": "bf16"}
 LANGUAGE = {
-    ("tang", "quick"): LanguageSettings(**TANG, **QUICK, vocab_size=6144, steps=800, batch_size=16),
+    ("tang", "quick"): LanguageSettings(**TANG, **QUICK, vocab_size=6144, steps=700, batch_size=16),
     ("tang", "full"): LanguageSettings(
         **TANG, **FULL, n_layer=6, dropout=0.2, steps=5000, batch_size=64, lr=1.5e-3, evaluate_every=500
     ),
