@@ -236,12 +236,17 @@ MUTANTS = [
         "4.6",
     ),
     Mutant(
-        DCGAN, "the cross term once", "metrics.frechet_distance_gaussians", "- 2 * root_trace", "- root_trace", "4.7"
+        DCGAN,
+        "the cross term once",
+        "metrics.features.frechet_distance_gaussians",
+        "- 2 * root_trace",
+        "- root_trace",
+        "4.7",
     ),
     Mutant(
         DCGAN,
         "means compared, not squared",
-        "metrics.frechet_distance_gaussians",
+        "metrics.features.frechet_distance_gaussians",
         "(mean_a - mean_b).square()",
         "(mean_a - mean_b).abs()",
         "4.7",
@@ -249,16 +254,21 @@ MUTANTS = [
     Mutant(
         DCGAN,
         "rows paired with themselves",
-        "metrics.kernel_distance",
+        "metrics.features.kernel_distance",
         "(_kernel_sum(a, a) - _kernel_trace(a)) / (n * (n - 1))",
         "_kernel_sum(a, a) / n**2",
         "4.8",
     ),
     Mutant(
-        DCGAN, "the cross term once", "metrics.kernel_distance", "- 2 * _kernel_sum(a, b)", "- _kernel_sum(a, b)", "4.8"
+        DCGAN,
+        "the cross term once",
+        "metrics.features.kernel_distance",
+        "- 2 * _kernel_sum(a, b)",
+        "- _kernel_sum(a, b)",
+        "4.8",
     ),
-    Mutant(DCGAN, "n and m exchanged", "metrics.kernel_distance", "(m * (m - 1))", "(n * (n - 1))", "4.8"),
-    Mutant(DCGAN, "a kernel of degree two", "metrics.polynomial_kernel", "** 3", "** 2", "4.8"),
+    Mutant(DCGAN, "n and m exchanged", "metrics.features.kernel_distance", "(m * (m - 1))", "(n * (n - 1))", "4.8"),
+    Mutant(DCGAN, "a kernel of degree two", "metrics.features.polynomial_kernel", "** 3", "** 2", "4.8"),
     Mutant(GPT, "mean of the perplexities", "metrics.text.perplexity", ".mean().exp()", ".exp().mean()", "5.2"),
     Mutant(
         GPT,

@@ -16,7 +16,7 @@ from aigc_course.datasets import binarize, load_mnist
 from aigc_course.gan import DCGANConfig, GANConfig, gan_step, sample
 from aigc_course.metrics import frechet_distance
 from aigc_course.recipes import PCA, digit_figures, gan_plan, held_out_figures, mnist_features
-from aigc_course.runtime import CourseError, rng_for
+from aigc_course.runtime import CourseError, course_dir, rng_for
 from aigc_course.training import fit
 from aigc_course.vae import VAE, VAEConfig, active_units, elbo
 
@@ -516,7 +516,7 @@ def test_the_classifier_that_comes_with_the_course_knows_digits():
 
 def test_the_dcgan_that_comes_with_the_course_draws_digits():
     """Its distance to the test digits is that of other real digits, times a factor; here again from fewer samples."""
-    histories = recipes.course_dir() / "data" / "histories"
+    histories = course_dir() / "data" / "histories"
     rows = json.loads((histories / "digit_scale.json").read_text(encoding="utf-8"))["rows"]
     scale = [row["frechet"] for row in rows if row["what"] == "training digits"]
     figures = sound_card("dcgan")["figures"]
