@@ -87,6 +87,24 @@ def test_a_run_taken_up_again_keeps_its_curve_and_ends_the_same(few_texts, tmp_p
     assert cards[0]["curve"] == cards[1]["curve"]
 
 
+def test_a_run_killed_while_it_saved_the_model_goes_on(few_texts, tmp_path, monkeypatch):
+    real, recipe = GPT2.save_pretrained, recipes.build("tang", "quick", device="cpu")
+    calls = iter(range(10))
+
+    def killed_at_the_second(model, folder):
+        real(model, folder)
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(GPT2, "save_pretrained", killed_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.train(tmp_path)
+    monkeypatch.setattr(GPT2, "save_pretrained", real)
+    language = recipe.train(tmp_path)
+    curve = checkpoints.read_card(tmp_path / "model")["curve"]
+    assert recipes.held_out_bits(*language, POEMS["valid"]) == pytest.approx(min(p["valid"] for p in curve), rel=1e-6)
+
+
 def test_the_plan_is_the_training(few_texts, monkeypatch):
     """A lesson that calls fit on the plan gets the very weights of the recipe."""
     once = {key: replace(settings, evaluate_every=settings.steps) for key, settings in module.LANGUAGE.items()}

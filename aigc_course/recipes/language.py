@@ -190,7 +190,8 @@ class _Keeper:
         self.seen = texts(name, "train")[:: 20 if name == "tang" else 40]  # as much text, to see what is memorised
         self.curve: list[dict[str, float]] = []
         self.weights: dict[str, Tensor] = {}
-        if folder is not None and (folder / checkpoints.MANIFEST).exists():  # a run taken up again
+        # a run taken up again; one that was killed while it saved the model starts its curve anew
+        if folder is not None and (folder / checkpoints.MANIFEST).exists():
             self.curve = checkpoints.read_card(folder)["curve"]
 
     def score(self, step: int) -> dict[str, float]:
@@ -208,6 +209,7 @@ class _Keeper:
 
     def save(self) -> None:
         """The best model so far and the curve up to now; the manifest comes last."""
+        (self.folder / checkpoints.MANIFEST).unlink(missing_ok=True)  # first: half a save must not look like a model
         if self.weights:
             model = copy.deepcopy(self.plan.model)
             model.load_state_dict(self.weights)
