@@ -10,6 +10,7 @@ import torch
 from aigc_course import checkpoints, recipes
 from aigc_course.datasets import IGNORE, is_regulated, load_poems
 from aigc_course.gpt2 import GPT2, GPT2Config, lm_losses
+from aigc_course.ngram import NGram
 from aigc_course.recipes import language as module
 from aigc_course.runtime import CourseError, course_dir, rng_for
 from aigc_course.tokenizer import Tokenizer
@@ -203,6 +204,54 @@ def test_a_model_and_a_tokenizer_that_do_not_match_are_refused(few_texts, tmp_pa
     checkpoints.seal(tmp_path / "model", {"profile": "quick"})
     with pytest.raises(CourseError, match="the model knows 400 tokens, the tokenizer 300"):
         recipe.load(tmp_path)
+
+
+def test_a_trained_model_is_shipped_with_its_figures_and_its_card(few_texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes.recipe, "course_dir", lambda: tmp_path)
+    monkeypatch.setattr(recipes.shipping, "texts", lambda name, part: POEMS[part])
+    recipes.build("tang", "quick", device="cpu").train(tmp_path / "run")
+    folder = recipes.ship("tang", tmp_path / "run")
+    assert folder == tmp_path / "data" / "checkpoints" / "gpt2-tang" and recipes.pretrained() == ["tang"]
+    trained, shipped = (
+        recipes.build("tang", "quick", device="cpu").load(tmp_path / "run"),
+        recipes.load_pretrained("tang"),
+    )
+    for name, tensor in trained.model.state_dict().items():
+        assert torch.equal(tensor, shipped.model.state_dict()[name]), name
+    figures = recipes.card_of("tang")["figures"]
+    assert figures["test: bits per character"] == pytest.approx(recipes.held_out_bits(*shipped, POEMS["test"]))
+    # the lines to beat, by the definition: what whole poems cost, their ends included
+    rows = recipes.token_rows(shipped.tokenizer, POEMS["test"])
+    bigram = NGram(2, shipped.tokenizer.vocab_size).fit(recipes.token_rows(shipped.tokenizer, POEMS["train"]))
+    bits = -sum(bigram.log_prob(row).sum().item() for row in rows) / math.log(2) / len("".join(POEMS["test"]))
+    assert figures["test: bits per character, Kneser-Ney of order 2"] == pytest.approx(bits)
+    corpus = "\n".join(POEMS["train"])
+    largest = int(figures["longest span shared with training, held-out texts: largest"])
+    runs = {text[i : i + n] for text in POEMS["test"] for n in (largest, largest + 1) for i in range(len(text) - n + 1)}
+    assert {len(run) for run in runs if run in corpus} == {largest}
+    words = (folder / "README.md").read_text(encoding="utf-8")
+    assert all(f"| {what} | {value:.4g} |" in words for what, value in figures.items())
+    with pytest.raises(CourseError, match="run holds a model of the recipe tang, not shakespeare"):
+        recipes.ship("shakespeare", tmp_path / "run")
+    (folder / "README.md").write_text(words + " ", encoding="utf-8")
+    (row,) = recipes.check_pretrained()
+    assert not row.ok and "README.md" in row.message
+
+
+def test_a_manifest_names_files_of_its_own_folder_only(tmp_path):
+    (tmp_path / "secret").write_text("x", encoding="utf-8")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "file").write_text("x", encoding="utf-8")
+    checkpoints.seal(tmp_path / "model", {"a": 1})
+    assert checkpoints.read_card(tmp_path / "model") == {"a": 1}
+    path = tmp_path / "model" / checkpoints.MANIFEST
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["files"]["../secret"] = manifest["files"].pop("file")
+    del manifest["sha256"]
+    manifest["sha256"] = checkpoints._digest(manifest)
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    with pytest.raises(checkpoints.CheckpointError, match="expected files in this folder, found '../secret'"):
+        checkpoints.read_card(tmp_path / "model")
 
 
 def test_names_that_are_none_are_refused():
