@@ -4,7 +4,9 @@
 import argparse
 import codecs
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import NoReturn
@@ -18,7 +20,8 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose mistakes take one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"aigc: {message}; see {self.prog} --help\n")
+        line = "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)  # it quotes what was typed
+        self.exit(2, f"aigc: {line}; see {self.prog} --help\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,14 +60,17 @@ def course(args: argparse.Namespace) -> int:
     from . import course
     from .runtime import CourseError, pick_profile
 
-    profile = pick_profile(args.profile)
+    profile, limit = pick_profile(args.profile), args.cell_timeout
+    if limit is not None and limit < 0:
+        raise CourseError(f"--cell-timeout is {limit}: give seconds, or 0 for no limit")
     if args.bands:
-        return 0 if course.measure_bands(course.pick_lessons(args.number), profile, args.out) else 1
+        passed = course.measure_bands(course.pick_lessons(args.number), profile, args.out, cell_timeout=limit)
+        return 0 if passed else 1
     if not args.store:
-        return course.run_course(profile=profile, out=args.out, only=args.number)
+        return course.run_course(profile=profile, out=args.out, only=args.number, cell_timeout=limit)
     if profile != "quick":
         raise CourseError(f"--store keeps the quick profile's outputs: leave out the profile {profile!r}")
-    results = course.store(course.pick_lessons(args.number), args.out)
+    results = course.store(course.pick_lessons(args.number), args.out, limit)
     print(course.summary(results))
     return 0 if all(result.passed for result in results) else 1
 
@@ -83,17 +89,21 @@ def check_data(args: argparse.Namespace) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Train a model as its lesson does."""
+    from . import ranks
     from .runtime import run_dir
 
+    rank, _ = ranks.join()
     recipe, out = _recipe(args), args.out or run_dir(args.name)
     recipe.train(out, on_log=_print_log)
-    print(f"{args.name}: trained, its files lie in {out}")
+    if rank == 0:
+        print(f"{args.name}: trained, its files lie in {out}")
     return 0
 
 
 def sample(args: argparse.Namespace) -> int:
     """Draw samples from a trained run into one PNG file."""
     from . import plots, recipes
+    from .checkpoints import writable
     from .runtime import CourseError, rng_for, run_dir
 
     if args.n < 1:
@@ -103,18 +113,26 @@ def sample(args: argparse.Namespace) -> int:
     if args.name in recipes.LANGUAGE_NAMES:
         raise CourseError(f'{args.name} writes texts, not pictures: aigc generate "" --model {args.name}')
     recipe, run = _recipe(args), args.run or run_dir(args.name)
+    writable(args.out.absolute().parent, "--out")  # before the work
     if args.run is None and not run.exists() and args.name in recipes.pretrained():
         print(f"there is no run {run}: sampling from the model that comes with the course")
         model = recipes.load_pretrained(args.name, device=args.device)
     else:
         model = recipe.load(run)
     images = recipe.sample(model, args.n, rng_for(args.seed, "sample", device=recipe.device))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     plots.save_image_grid(images, args.out)
     print(f"{args.n} samples of {args.name}: {args.out}")
     return 0
 
 
+@contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"aigc: {message}", file=sys.stderr)
+        yield
+
+
+@_warnings_in_a_line()
 def generate(args: argparse.Namespace) -> int:
     """Write on from a prompt with a language model."""
     import torch
@@ -129,6 +147,11 @@ def generate(args: argparse.Namespace) -> int:
     if args.beams is not None and (drawing or args.n > 1):
         option = f"--{next(iter(drawing), 'n').replace('_', '-')}"
         raise CourseError(f"--beams draws nothing, and takes no {option}: leave out one of the two")
+    try:
+        args.prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = f"{args.prompt[error.start]!r} at character {error.start}"
+        raise CourseError(f"PROMPT is not UTF-8, with {found}: save the file or set the terminal to UTF-8") from error
 
     model, tokenizer, poems = _language_model(args.model, args.device)
     ids = tokenizer.encode(args.prompt)
@@ -243,6 +266,12 @@ def _parser() -> argparse.ArgumentParser:
     lessons.add_argument("number", nargs="*", type=int, metavar="NUMBER", help="lessons to run (default: all)")
     add_profile(lessons)
     lessons.add_argument("--out", type=Path, metavar="DIR", help="where the pages go (default: build/course)")
+    lessons.add_argument(
+        "--cell-timeout",
+        type=int,
+        metavar="SECONDS",
+        help="fail a lesson whose cell takes longer; 0: never (default: 300 at the quick profile, 0 at the full one)",
+    )
     keep = lessons.add_mutually_exclusive_group()
     keep.add_argument("--bands", action="store_true", help="measure the figures over five seeds, into data/bands")
     keep.add_argument("--store", action="store_true", help="write the executed lessons back into notebooks/")
@@ -263,7 +292,9 @@ def _parser() -> argparse.ArgumentParser:
     side.add_argument("--device", default="auto", metavar="D", help="auto (the default), cpu, cuda or mps")
 
     writing = add("generate", generate)
-    writing.add_argument("prompt", metavar="PROMPT", help='the beginning of the text; "" for none')
+    writing.add_argument(
+        "prompt", metavar="PROMPT", help='the beginning of the text; "" for none; last, after --, if it starts with -'
+    )
     writing.add_argument(
         "--model", default="tang", metavar="M", help="tang (the default), shakespeare, gpt2, or a folder with a GPT-2"
     )

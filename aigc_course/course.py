@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from .checkpoints import write_atomically
+from .checkpoints import writable, write_atomically
 from .pages import Result, figure_line, first_line, index_page, read_notebook, render, settle_outputs, title_of
 from .runtime import CourseError, course_dir, pick_profile
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 INSERTED = {"injected-parameters", "papermill-error-cell-tag"}  # the tags of cells that papermill adds
 TIMING = ("papermill", "execution", "ExecuteTime")
+CELL_TIMEOUT = {"quick": 300}  # seconds; at the full profile a cell may take its time
 
 
 def lessons() -> list[Path]:
@@ -34,15 +35,19 @@ def run_lesson(
     *,
     profile: str = "quick",
     parameters: dict[str, Any] | None = None,
+    cell_timeout: int | None = None,
     on_tick: Callable[[str], None] = lambda progress: None,
 ) -> Result:
     """Execute the notebook ``path`` in a fresh kernel, in its own folder, into ``out``.
 
     ``parameters`` replace those in the cell tagged ``parameters``; PROFILE joins them if that cell sets another.
-    A lesson passes if no cell raises and its record, written by the last cell, says so. ``on_tick`` is told the
-    seconds and the cell several times a second. Raises ``CourseError`` for a parameter that the lesson does not have.
+    A lesson passes if no cell raises and its record, written by the last cell, says so. It fails at the first cell that
+    takes longer than ``cell_timeout`` seconds (0: none does; default 300 at the quick profile, 0 at the full one).
+    ``on_tick`` is told the seconds and the cell several times a second. Raises ``CourseError`` for a parameter that the
+    lesson does not have.
     """
     import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
     path, out = Path(path).resolve(), Path(out).resolve()
@@ -54,6 +59,8 @@ def run_lesson(
     if known.get("PROFILE") not in (None, profile):  # None leaves the choice to AIGC_PROFILE, which is set below
         given.setdefault("PROFILE", profile)
 
+    if cell_timeout is None:
+        cell_timeout = CELL_TIMEOUT.get(profile, 0)
     record, executed = out / "records" / f"{path.stem}.json", out / path.name
     record.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
@@ -72,12 +79,19 @@ def run_lesson(
                 language="python",
                 progress_bar=False,
                 cwd=path.parent,
+                execution_timeout=cell_timeout,
                 extra_arguments=["--log-level=CRITICAL"],  # the kernel warns of its TCP ports at every start
                 on_cell_start=lambda cell_index, **_: cell.__setitem__(0, cell_index + 1),
             )
         except PapermillExecutionError as failure:
             error = f"In [{failure.exec_count}]: {failure.ename}: {first_line(failure.evalue)}"
-        except Exception as failure:  # the kernel died, or never started
+        except CellTimeoutError:
+            error = f"cell {cell[0]} did not end within {cell_timeout} s: mend it, or allow more with --cell-timeout"
+        except DeadKernelError:
+            error = (
+                f"cell {cell[0]} ended its kernel: it crashed, or memory ran out (aigc doctor says how much there is)"
+            )
+        except Exception as failure:  # the kernel never started
             error = f"cell {cell[0]}: {type(failure).__name__}: {first_line(str(failure))}"
     seconds = time.perf_counter() - start
     complaint, figures = _read_record(record)
@@ -111,12 +125,12 @@ def clean(nb: "NotebookNode") -> "NotebookNode":
     return nb
 
 
-def store(paths: Sequence[Path], out: Path | None = None) -> list[Result]:
+def store(paths: Sequence[Path], out: Path | None = None, cell_timeout: int | None = None) -> list[Result]:
     """Execute each lesson at the quick profile and, if it passes, write it back to where it came from, cleaned."""
     import nbformat
 
     results = []
-    for path, result in _run_each(paths, out or course_dir() / "build" / "store", "quick"):
+    for path, result in _run_each(paths, out or course_dir() / "build" / "store", "quick", cell_timeout=cell_timeout):
         results.append(result)
         if result.passed:
             text = nbformat.writes(clean(read_notebook(result.notebook)))  # indent 1, keys sorted
@@ -125,7 +139,11 @@ def store(paths: Sequence[Path], out: Path | None = None) -> list[Result]:
 
 
 def measure_bands(
-    paths: Sequence[Path], profile: str, out: Path | None = None, seeds: Sequence[int] = range(5)
+    paths: Sequence[Path],
+    profile: str,
+    out: Path | None = None,
+    seeds: Sequence[int] = range(5),
+    cell_timeout: int | None = None,
 ) -> bool:
     """Run each lesson once per seed and keep what it recorded in ``data/bands``; returns whether all runs passed.
 
@@ -134,7 +152,8 @@ def measure_bands(
     out = out or course_dir() / "build" / "bands"
     for path in paths:
         with patch.dict(os.environ, AIGC_BANDS="measure"):
-            results = [run for seed in seeds for _, run in _run_each([path], out, profile, {"SEED": seed})]
+            runs = [_run_each([path], out, profile, {"SEED": seed}, cell_timeout) for seed in seeds]
+            results = [result for run in runs for _, result in run]
         if not all(result.passed for result in results):
             return False
         if not results[0].figures:
@@ -147,14 +166,16 @@ def measure_bands(
     return True
 
 
-def run_course(*, profile: str, out: Path | None = None, only: Sequence[int] | None = None) -> int:
-    """Execute and render the lessons (those numbered in ``only``, or all), one after the other.
+def run_course(
+    *, profile: str, out: Path | None = None, only: Sequence[int] | None = None, cell_timeout: int | None = None
+) -> int:
+    """Execute and render the lessons (those numbered in ``only``, or all), one after the other; see ``run_lesson``.
 
     A lesson that fails does not stop the next. Returns the exit status: 0 if all of them passed, else 1.
     """
-    out = Path(out or course_dir() / "build" / "course").resolve()
+    out = writable(Path(out or course_dir() / "build" / "course").resolve(), "--out")
     results = []
-    for _, result in _run_each(pick_lessons(only), out, profile):
+    for _, result in _run_each(pick_lessons(only), out, profile, cell_timeout=cell_timeout):
         results.append(result)
         if result.notebook.exists():
             render(result.notebook, out / f"{result.lesson}.html")
@@ -187,7 +208,11 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def _run_each(
-    paths: Sequence[Path], out: Path, profile: str, parameters: dict[str, Any] | None = None
+    paths: Sequence[Path],
+    out: Path,
+    profile: str,
+    parameters: dict[str, Any] | None = None,
+    cell_timeout: int | None = None,
 ) -> Iterator[tuple[Path, Result]]:
     """Run one lesson after the other, with a line in the terminal that lives while the lesson runs."""
     live = sys.stdout.isatty()
@@ -200,7 +225,7 @@ def _run_each(
         print(f"{path.stem} ...", end="" if live else "\n", flush=True)
         try:
             tick = {"on_tick": paint} if live else {}
-            result = run_lesson(path, out, profile=profile, parameters=parameters, **tick)
+            result = run_lesson(path, out, profile=profile, parameters=parameters, cell_timeout=cell_timeout, **tick)
         finally:
             print("\r\033[K" if live else "", end="", flush=True)
         verdict = "passed" if result.passed else f"FAILED: {result.error}"

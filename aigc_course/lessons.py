@@ -197,7 +197,11 @@ def _bands() -> dict[str, list[float]]:
     path = course_dir() / "data" / "bands" / f"{_ledger.lesson}.json"
     if os.environ.get("AIGC_BANDS") == "measure" or not path.is_file():
         return {}
-    return json.loads(path.read_text(encoding="utf-8"))["profiles"].get(_ledger.profile, {})
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["profiles"].get(_ledger.profile, {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        remedy = f"in the course's folder, run: git checkout -- data/bands/{path.name}"
+        raise CourseError(f"{path}: expected the measured bands, found no such table ({error!r}); {remedy}") from error
 
 
 def _banded(figure: Figure, bands: dict[str, list[float]]) -> Figure:
@@ -229,6 +233,5 @@ def _write_record(figures: list[Figure], *, passed: bool) -> None:
         "claims": [asdict(claim) for claim in _ledger.claims.values()],
         "figures": [asdict(figure) for figure in figures],
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
     text = json.dumps(facts, indent=1, ensure_ascii=False)
     checkpoints.write_atomically(Path(folder) / f"{_ledger.lesson}.json", text.encode("utf-8"))

@@ -5,6 +5,7 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def _families() -> list[str]:
         warnings.warn(f"Chinese characters are drawn as boxes: {error}", stacklevel=3)
         return ["DejaVu Sans"]
     fontManager.addfont(course_dir() / "data" / FONT)
+    fontManager.ttflist.append(replace(fontManager.ttflist[-1], weight=700))  # its one weight serves for bold text too
     return ["DejaVu Sans", "AIGC Course CJK"]
 
 

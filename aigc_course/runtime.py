@@ -1,10 +1,14 @@
 """This machine: where files live, which device and precision to use, and where randomness comes from."""
 
+import contextlib
+import errno
 import hashlib
 import operator
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import filelock
 import torch
 
 PROFILES = ("quick", "full")
@@ -29,6 +33,37 @@ def run_dir(name: str) -> Path:
     return Path(os.environ.get("AIGC_RUN_DIR") or course_dir() / "runs").expanduser().absolute() / name
 
 
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process: no other one that asks gets it meanwhile, and a killed one lets go of it.
+
+    Raises ``CourseError`` if another holds it. Where nothing can be written there is nothing to hold.
+    """
+    path = folder / ".lock"
+    lock = filelock.FileLock(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        holder = ""
+        with contextlib.suppress(OSError, ValueError):
+            holder = f" (process {int(path.read_text(encoding='utf-8'))})"
+        raise CourseError(
+            f"{folder} is in use by another process{holder}, a second kernel with this lesson perhaps: wait until it "
+            "ends or stop it, or choose another folder"
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC):
+            raise
+    else:
+        with contextlib.suppress(OSError):  # for the message above
+            path.write_text(str(os.getpid()), encoding="utf-8")
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def pick_profile(profile: str | None = None) -> str:
     """``"quick"`` or ``"full"``: what is asked for, else the environment variable ``AIGC_PROFILE``, else quick."""
     chosen = profile or os.environ.get("AIGC_PROFILE") or "quick"
@@ -40,10 +75,13 @@ def pick_profile(profile: str | None = None) -> str:
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """The device to compute on: ``"auto"`` takes CUDA, else Apple's MPS, else the CPU.
 
+    Of several processes that torchrun started on this machine, each takes the GPU of its ``LOCAL_RANK``.
     Raises ``CourseError`` if a device is named that this machine does not have.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if str(name) == "cuda" and os.environ.get("LOCAL_RANK", "").isdecimal():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

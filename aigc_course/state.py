@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from numbers import Integral
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from . import ranks
 from .runtime import CourseError
 
 
@@ -115,7 +115,11 @@ class TrainState:
         gradients = [p.grad for p in parameters if p.grad is not None]
         if not gradients:
             raise CourseError(f"the loss {name!r} reaches no parameter of optimizers[{name!r}]: is something detached?")
-        value = average_over_ranks([loss.detach().clone(), *gradients])
+        # One averaging here, where the gradient is complete, is all that several processes need. Wrappers such as
+        # DistributedDataParallel do it inside backward, which hides it, rename the parameters, and want one forward
+        # for each backward, which a GAN's step is not. They overlap it with backward, though: faster over slow wires.
+        value = loss.detach().clone()
+        ranks.average([value, *gradients])
         norm = nn.utils.get_total_norm(gradients)
         if not math.isfinite(value):
             raise NotFiniteError(f"the loss {name!r} is {float(value)}")
@@ -177,12 +181,3 @@ class TrainState:
             name: [{k: repr(v) for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             for name, optimizer in self.optimizers.items()
         }
-
-
-def average_over_ranks(tensors: list[Tensor]) -> Tensor:
-    """Average ``tensors`` in place over the ranks of a distributed run, if there is one; returns the first."""
-    if dist.is_available() and dist.is_initialized():
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= dist.get_world_size()
-    return tensors[0]

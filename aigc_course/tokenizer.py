@@ -16,7 +16,8 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from .datasets import verified_bytes
-from .runtime import CourseError
+from .datasets.files import damage
+from .runtime import CourseError, data_dir
 
 END = "<|endoftext|>"
 N_BYTES = 256
@@ -49,9 +50,15 @@ class Tokenizer:
     @classmethod
     def gpt2(cls) -> "Tokenizer":
         """GPT-2's own, of 50,257 tokens, from ``data/gpt2-bpe``. Raises ``DataError`` if the files are damaged."""
-        vocab = json.loads(verified_bytes("gpt2-bpe/encoder.json"))
-        _, *lines = verified_bytes("gpt2-bpe/vocab.bpe").decode("utf-8").splitlines()  # the first names the version
-        return cls(_backend(vocab, [tuple(line.split()) for line in lines], isolate_han=False))
+        vocab, merges = _read_vocab("gpt2-bpe/encoder.json"), _read_merges("gpt2-bpe/vocab.bpe")
+        expected = len(vocab) - N_BYTES - 1
+        if not len(merges) == len(set(merges)) == expected:
+            found = f"{len(merges)}, {len(set(merges))} of them different"
+            raise damage(data_dir(), "gpt2-bpe/vocab.bpe", f"{expected} pairs, as encoder.json has tokens", found)
+        try:
+            return cls(_backend(vocab, merges, isolate_han=False))
+        except Exception as error:  # the library raises no narrower class
+            raise damage(data_dir(), "gpt2-bpe/vocab.bpe", "pairs of tokens of encoder.json", f"{error}") from error
 
     @classmethod
     def train(cls, text: str | Iterable[str], vocab_size: int, *, isolate_han: bool = False) -> "Tokenizer":
@@ -151,7 +158,7 @@ class Tokenizer:
             raise _fault(path, f"it describes no tokenizer ({error})") from error
         try:
             eos = json.loads(_read(config_path)).get("eos_token", END)
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise _fault(config_path, f"it is no object in JSON ({error})") from error
         if (eos.get("content") if isinstance(eos, dict) else eos) != END:
             raise _fault(config_path, f"the end of a text is {eos!r:.80}, not {END}")
@@ -173,6 +180,34 @@ def _backend(vocab: dict[str, int], merges: list[tuple[str, str]], isolate_han: 
     if vocab:
         backend.add_special_tokens([AddedToken(END, normalized=False, special=True)])
     return backend
+
+
+def _read_vocab(name: str) -> dict[str, int]:
+    """GPT-2's ``encoder.json``: every token with its id."""
+    try:
+        vocab = json.loads(verified_bytes(name))
+    except (ValueError, RecursionError) as error:
+        raise damage(data_dir(), name, "tokens with their ids in JSON", f"{error}") from error
+    if not isinstance(vocab, dict):
+        found = f"a {type(vocab).__name__}"
+    elif {*map(type, vocab.values())} != {int} or sorted(vocab.values()) != list(range(len(vocab))):
+        found = "other ids"
+    elif END not in vocab or not vocab.keys() >= set(_ALPHABET) >= set("".join(vocab)):
+        found = "other tokens"
+    else:
+        return vocab
+    raise damage(data_dir(), name, f"the {N_BYTES} bytes, tokens made of them and {END}, with the ids from 0 on", found)
+
+
+def _read_merges(name: str) -> list[tuple[str, str]]:
+    """GPT-2's ``vocab.bpe``: a line with the version, then two tokens a line."""
+    try:
+        version, *lines = verified_bytes(name).decode("utf-8").splitlines()
+        if not version.startswith("#version"):
+            raise ValueError(f"the first line {version!r:.80}")
+        return [(one, other) for one, other in map(str.split, lines)]
+    except ValueError as error:
+        raise damage(data_dir(), name, "#version and then two tokens in each line, in UTF-8", f"{error}") from error
 
 
 def _checked(text: str) -> str:

@@ -9,17 +9,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoints
-from .runtime import CourseError, pick_device, pick_precision, rng_for, seed_for
+from . import checkpoints, ranks
+from .runtime import CourseError, only_process, pick_device, pick_precision, rng_for, seed_for
 from .state import NotFiniteError, TrainConfig, TrainState
 
 # A run may go on with other values of these; of those in TOLD fit says that they changed.
@@ -64,12 +64,24 @@ def fit(
 
     ``on_log(step, figures)`` gets each figure's mean over the last ``config.log_every`` steps.
 
+    Started by torchrun, each process takes its share of every batch, and all end with equal parameters. ``out``,
+    ``on_log`` and the progress are those of rank 0, whose buffers (BatchNorm's statistics) are the ones that are saved.
+
     Raises ``NotFiniteError`` at the first loss or gradient that is not finite, before it changes a parameter, and
-    ``CourseError`` if ``out`` holds a run of another configuration or other data, or the data do not fill one batch.
+    ``CourseError`` if ``out`` holds a run of another configuration or other data, or another process is using it, or
+    if the data do not fill one batch.
     """
+    rank, world = ranks.join()
+    folder = Path(out).expanduser().absolute() if out is not None else None
+    with ExitStack() as held:
+        if folder is not None:
+            ranks.on_first(lambda: held.enter_context(only_process(folder)))
+        return _run(step, state, data, config, folder, on_log, rank, world)
+
+
+def _run(step, state: TrainState, data: Data, config: TrainConfig, out: Path | None, on_log, rank, world) -> TrainState:
     device = pick_device(config.device)
     dtype = pick_precision(device, config.precision)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
     if not isinstance(data, Data):
         raise CourseError(f"the data are {type(data).__name__}: give a tensor, or rows with len(), [indices] and .to()")
     per_epoch = len(data) // config.batch_size
@@ -80,18 +92,19 @@ def fit(
     if config.batch_size % world:
         raise CourseError(f"batch_size is {config.batch_size}: it must be a multiple of the {world} ranks")
     state.prepare(device, config.clip_norm, config.ema)
-    folder = Path(out).expanduser().absolute() / "checkpoints" if out is not None else None
-    if folder is not None:
-        facts = {**asdict(config), "device": device.type, "precision": str(dtype), "world": world}
-        facts |= {"data": _fingerprint(data), "settings": state.settings()}
-        if not _resume(state, folder, facts):
-            _save(state, folder, facts, config.keep, rank)  # what cannot be saved is found out now, not hours later
+    folder = out / "checkpoints" if out is not None else None
+    facts = {**asdict(config), "device": device.type, "precision": str(dtype), "world": world}
+    facts |= {"data": _fingerprint(data), "settings": state.settings()}
+    ranks.alike(facts)
+    if folder is not None and not _resume(state, folder, facts):
+        _save(state, folder, facts, config.keep)  # what cannot be saved is found out now, not hours later
+    ranks.spread(list(state.weights().values()))
     data = data.to(device)
-    order, order_epoch, saved, pending = None, None, state.step_count, []
+    order, order_epoch, saved, pending, stop = None, None, state.step_count, [], 0
 
     with _signals_held() as arrived, _global_rng_kept(device), Progress(config.steps) as progress:
         try:
-            while state.step_count < config.steps and not arrived:
+            while state.step_count < config.steps and not (stop := ranks.largest(max(arrived, default=0))):
                 epoch, position = divmod(state.step_count, per_epoch)
                 if epoch != order_epoch:
                     order, order_epoch = epoch_order(config.seed, epoch, len(data)).to(device), epoch
@@ -106,12 +119,14 @@ def fit(
                 if state.step_count % config.log_every == 0 or state.step_count == config.steps:
                     _record(state, pending)
                     means = _means(state, (state.step_count - 1) // config.log_every * config.log_every)
-                    progress.update(state.step_count, means)
+                    if rank == 0:
+                        progress.update(state.step_count, means)
                     if on_log is not None:
-                        on_log(state.step_count, means)
+                        ranks.on_first(partial(on_log, state.step_count, means))
                 if folder is not None and state.step_count % config.checkpoint_every == 0:
                     _record(state, pending)
-                    saved = _save(state, folder, facts, config.keep, rank)
+                    saved = _save(state, folder, facts, config.keep)
+            _record(state, pending)
         except NotFiniteError as error:
             kept = f"the last checkpoint is that of step {saved} in {folder.parent}" if folder else "nothing was saved"
             raise NotFiniteError(
@@ -119,11 +134,11 @@ def fit(
                 "TrainConfig.clip_norm, and call fit again"
             ) from None
         finally:
-            _record(state, pending)
+            _record(state, pending, alone=True)  # after an error the other ranks may be elsewhere
         if folder is not None and saved != state.step_count:
-            _save(state, folder, facts, config.keep, rank)
-    if arrived:
-        signal.raise_signal(signal.SIGTERM if signal.SIGTERM in arrived else signal.SIGINT)
+            _save(state, folder, facts, config.keep)
+    if stop := max(stop, *arrived, 0):
+        signal.raise_signal(stop)
     return state
 
 
@@ -139,14 +154,20 @@ def _numbers(figures: Any) -> dict[str, Tensor | float]:
     return {k: v.detach().reshape(()).clone() if isinstance(v, Tensor) else float(v) for k, v in figures.items()}
 
 
-def _record(state: TrainState, pending: list[dict[str, Tensor | float]]) -> None:
-    """Move the figures of the steps not yet recorded into the history, with NaN where one is missing."""
+def _record(state: TrainState, pending: list[dict[str, Tensor | float]], alone: bool = False) -> None:
+    """Move the figures of the steps not yet recorded, their means over the ranks, into the history.
+
+    NaN stands where a figure is missing. ``alone`` leaves out the other ranks.
+    """
     n, before = len(pending), state.step_count - len(pending)
     for name in dict.fromkeys([*state.history, *(key for figures in pending for key in figures)]):
         values = [figures.get(name, math.nan) for figures in pending]
         if all(isinstance(value, Tensor) for value in values) and n:
             values = torch.stack(values).tolist()
-        state.history.setdefault(name, [math.nan] * before).extend(float(value) for value in values)
+        means = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        if n and not alone:
+            ranks.average([means])
+        state.history.setdefault(name, [math.nan] * before).extend(means.tolist())
     pending.clear()
 
 
@@ -156,23 +177,37 @@ def _means(state: TrainState, start: int) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in present.items() if values}
 
 
-def _save(state: TrainState, folder: Path, facts: dict, keep: int, rank: int) -> int:
-    if rank == 0:
-        card = {**facts, "step": state.step_count}
-        folder_of_step = checkpoints.step_folder(folder, state.step_count)
-        checkpoints.save(folder_of_step, state.weights(), training=state.training(), card=card)
-        checkpoints.prune(folder, keep)
-        history = {name: [v if math.isfinite(v) else None for v in values] for name, values in state.history.items()}
-        checkpoints.write_atomically(folder.parent / "config.json", json.dumps(card, indent=1).encode("utf-8"))
-        checkpoints.write_atomically(folder.parent / "history.json", json.dumps(history).encode("utf-8"))
+def _save(state: TrainState, folder: Path, facts: dict, keep: int) -> int:
+    """Write a checkpoint and what people read; returns the step."""
+    ranks.on_first(partial(_write, state, folder, {**facts, "step": state.step_count}, keep))
     return state.step_count
+
+
+def _write(state: TrainState, folder: Path, card: dict, keep: int) -> None:
+    history = {name: [v if math.isfinite(v) else None for v in values] for name, values in state.history.items()}
+    checkpoints.write_atomically(folder.parent / "config.json", json.dumps(card, indent=1).encode("utf-8"))
+    checkpoints.write_atomically(folder.parent / "history.json", json.dumps(history).encode("utf-8"))
+    place = checkpoints.step_folder(folder, state.step_count)
+    checkpoints.save(place, state.weights(), training=state.training(), card=card)  # last: a run may count as finished
+    checkpoints.prune(folder, keep)
 
 
 def _resume(state: TrainState, folder: Path, facts: dict) -> bool:
     """Bring ``state`` to the newest valid checkpoint in ``folder``, if there is one, and say so."""
+    found = ranks.on_first(partial(_newest, state, folder, facts))
+    if found is not None:
+        state.load_training(found.training, keep_settings=found.card["settings"] != facts["settings"])
+        state.load_weights(found.weights)
+    return found is not None
+
+
+def _newest(state: TrainState, folder: Path, facts: dict) -> checkpoints.Checkpoint | None:
+    """The newest valid checkpoint, once it is found to be one of this very run; what a killed one left is swept."""
+    for place in (folder, folder.parent, folder.parent / "model"):
+        checkpoints.sweep(place)
     found = checkpoints.newest_valid(folder)
     if found is None:
-        return False
+        return None
     then, now = found.card, json.loads(json.dumps(facts))
     remedy = f"choose another out, or delete {folder.parent}"
     for name in now:
@@ -181,15 +216,13 @@ def _resume(state: TrainState, folder: Path, facts: dict) -> bool:
     step, steps = then["step"], now["steps"]
     if step > steps:
         raise CourseError(f"{folder.parent} holds a run of {step} steps, more than the {steps} asked for: {remedy}")
-    weights = checkpoints.load(found.folder, like=state.weights()).weights
-    state.load_training(found.training, keep_settings=then["settings"] != now["settings"])
-    state.load_weights(weights)
+    found = checkpoints.load(found.folder, like=state.weights())
     changed = "".join(f"; {name} changed from {then[name]} to {now[name]}" for name in TOLD if then[name] != now[name])
     if step == steps:
         print(f"{folder.parent} holds this run, finished: to train it anew, delete that folder{changed}")
     elif step > 0 or changed:
         print(f"going on from step {step} of {steps} in {folder.parent}{changed}")
-    return True
+    return found
 
 
 def _fingerprint(data: Data) -> str:

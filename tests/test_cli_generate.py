@@ -211,6 +211,10 @@ def test_bytes_that_are_no_text_are_shown_as_decode_shows_them(data):
         (["a", "--model", "FOLDER", "--max-new-tokens", "0"], "max_new_tokens"),
         (["a", "--model", "EMPTY"], "config.json"),
         (["a", "--top-k", "few"], "--top-k"),
+        (["a", "--model", "FOLDER", "--beams", "1001"], "num_beams is 1001: it must be a whole number from 1 to 1000"),
+        (["a" * 99, "--model", "FOLDER", "--beams", "2"], "do not fit into the context of 48"),
+        (["ab\udcff"], r"PROMPT is not UTF-8, with '\udcff' at character 2"),
+        (["a", "b\nc\x1b[2J"], r"unrecognized arguments: b\nc\x1b[2J"),
     ],
 )
 def test_a_mistake_takes_one_line(folder, tmp_path, run, words, named):
@@ -218,6 +222,12 @@ def test_a_mistake_takes_one_line(folder, tmp_path, run, words, named):
     status, out, err = run(*(places.get(word, word) for word in words))
     assert status == 2 and re.fullmatch(r"aigc: .+\n", err) and named.lower() in err.lower()
     assert out == ""
+
+
+def test_a_prompt_that_the_context_does_not_hold_is_told_once_in_one_line(folder, run):
+    status, out, err = run("a" * 99, "--model", folder, "--max-new-tokens", 2, "--n", 2)
+    assert status == 0 and out.count("a" * 99) == 2
+    assert re.fullmatch(r"aigc: the prompt has 99 tokens, of which the model sees the last 48, .+\n", err)
 
 
 def test_without_a_network_gpt2_is_one_line_that_says_what_to_do(tmp_path, monkeypatch, run):

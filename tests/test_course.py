@@ -85,7 +85,7 @@ def test_the_course_goes_on_after_a_failing_lesson_and_reports_it(notebooks, tmp
         ("pass", "it left no 01_x.json"),
         (finish("01_x", passed=False), "its record says that it failed: claim 1.1; bound: 1.25 nats"),
         ("import os\nopen(os.environ['AIGC_RECORD_DIR'] + '/01_x.json', 'w').write('{}')", "cannot be read"),
-        ("import os\nos._exit(1)", "DeadKernelError"),
+        ("import os\nos._exit(1)", "cell 3 ended its kernel"),
     ],
     ids=["no record", "a record of failure", "an empty record", "a dead kernel"],
 )
@@ -119,6 +119,17 @@ def test_a_profile_left_open_is_set_without_an_injected_cell(notebooks, tmp_path
     assert result.passed and len(nbformat.read(result.notebook, as_version=4).cells) == 3
     record = json.loads((tmp_path / "out" / "records" / "01_x.json").read_text(encoding="utf-8"))
     assert record["profile"] == [None, "quick"]
+
+
+@pytest.mark.parametrize(
+    ("profile", "given", "limit"), [("quick", None, 300), ("full", None, 0), ("quick", 0, 0), ("full", 7, 7)]
+)
+def test_how_long_a_cell_may_take(profile, given, limit, notebooks, tmp_path, monkeypatch):
+    """That a cell which takes longer fails its lesson is injected in tests/faults."""
+    seen = {}
+    monkeypatch.setattr("papermill.execute_notebook", lambda *_, **options: seen.update(options))
+    course.run_lesson(write(notebooks, "01_x"), tmp_path / "out", profile=profile, cell_timeout=given)
+    assert seen["execution_timeout"] == limit
 
 
 @pytest.mark.parametrize(("parameters", "known"), [(PARAMETERS, "PROFILE, SEED"), (None, "none")])
@@ -237,6 +248,7 @@ def run_cli(*words) -> int:
         (["course", "--profile", "slow"], "slow"),
         (["course", "97"], "97"),
         (["course", "--store", "--profile", "full"], "--store"),
+        (["course", "--cell-timeout", "-1"], "--cell-timeout"),
         (["train", "no-such-model"], "choose from " + recipes.NAMES[0]),
         (["train", recipes.NAMES[0], "--profile", "slow"], "slow"),
         (["sample", "no-such-model"], "no-such-model"),
@@ -339,7 +351,7 @@ def test_the_parity_check_lets_float32_pass_and_catches_a_device_that_is_off(mon
 
 @pytest.mark.parametrize("ending", ["all pass", "one fails", "Ctrl-C"])
 def test_bands_are_stored_when_every_seed_has_passed_and_else_left_alone(tmp_path, monkeypatch, ending):
-    def run_each(paths, out, profile, parameters):
+    def run_each(paths, out, profile, parameters, cell_timeout):
         assert os.environ["AIGC_BANDS"] == "measure"
         seed = parameters["SEED"]
         if ending == "Ctrl-C" and seed == 3:

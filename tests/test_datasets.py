@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import message_of
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from aigc_course import runtime
@@ -31,6 +30,7 @@ from aigc_course.datasets import (
     toy_mixture,
     verified_bytes,
 )
+from conftest import message_of
 
 DATA = runtime.course_dir() / "data"
 IMAGES, LABELS = "mnist/train-images-idx3-ubyte.gz", "mnist/train-labels-idx1-ubyte.gz"
@@ -244,6 +244,12 @@ BAD_MANIFESTS = {
     "no sum": (b'{"a.txt": {"bytes": 3}}', "expected bytes, sha256 for a.txt"),
     "no content size": (b'{"a.gz": {"bytes": 3, "sha256": "", "content_sha256": ""}}', "content_bytes"),
     "a size below zero": (b'{"a.txt": {"bytes": -1, "sha256": ""}}', "found .*-1"),
+    "a size that is no number": (b'{"a.txt": {"bytes": true, "sha256": ""}}', "found .*True"),
+    "a size beyond a disk's": (b'{"a.txt": {"bytes": 1%s, "sha256": ""}}' % (b"0" * 30), "found .*1000"),
+    "brackets without end": (b"[" * 200_000, "JSON"),
+    "a login page": (b"<!DOCTYPE html><html></html>", "found an HTML page of 28 bytes"),
+    "a file outside": (b'{"../a.txt": {"bytes": 3, "sha256": ""}}', "within its folder, found '../a.txt'"),
+    "a name that is none": (b'{"a\\u0000.txt": {"bytes": 3, "sha256": ""}}', "within its folder"),
     "a size in words": (b'{"a.txt": {"bytes": "3", "sha256": ""}}', "found .*'3'"),
 }
 

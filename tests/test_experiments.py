@@ -314,7 +314,10 @@ def test_a_recording_is_kept_and_read_back(monkeypatch, tmp_path, capsys):
     assert "aigc experiment vae_beta" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [None, "", "[]", '{"rows": []}', '{"rows"'])
+ODD = '{"rows": [], "command": "", "machine": "", "seconds": "many"}'
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"rows": []}', '{"rows"', "[" * 100_000, ODD])
 def test_a_damaged_recording_says_how_to_mend_it(monkeypatch, tmp_path, content):
     monkeypatch.setattr(experiments, "course_dir", lambda: tmp_path)
     if content is not None:

@@ -647,10 +647,12 @@ WRONG_SAMPLING = [
 WRONG_BEAMS = [
     ({"num_beams": 0}, "num_beams is 0"),
     ({"num_beams": 2.0}, "num_beams is 2.0"),
+    ({"num_beams": 1001}, "num_beams is 1001: it must be a whole number from 1 to 1000"),
     ({"length_penalty": math.inf}, "length_penalty is inf"),
     ({"early_stopping": "always"}, "early_stopping is .always.: it must be .never. or True or False"),
     ({"early_stopping": 1}, "early_stopping is 1"),
     ({"max_new_tokens": 30}, "3 ids and 30 new ones do not fit into the context of 32"),
+    ({"ids": torch.ones(1, 33, dtype=torch.int64)}, "33 ids and 29 new ones do not fit"),
 ]
 
 
@@ -688,7 +690,9 @@ def test_ways_of_sampling_that_are_refused(unchecked, change, message):
 def test_beam_searches_that_are_refused(unchecked, change, message):
     good = {"model": model_of("errors"), "ids": IDS, "max_new_tokens": 29, "num_beams": 2}
     beam_search(**good)
-    assert_refused(beam_search, message, **{**good, **change})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # what is refused is not warned of besides
+        assert_refused(beam_search, message, **{**good, **change})
 
 
 def test_functions_of_logits_refuse_alike(unchecked):

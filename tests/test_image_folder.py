@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import message_of
 from PIL import Image
 
 from aigc_course.datasets import DataError, Images, folders, image_folder
+from conftest import message_of
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
 ROTATED = 0x0112  # the EXIF tag of the orientation

@@ -249,7 +249,7 @@ def test_a_manifest_names_files_of_its_own_folder_only(tmp_path):
     manifest["files"]["../secret"] = manifest["files"].pop("file")
     del manifest["sha256"]
     manifest["sha256"] = checkpoints._digest(manifest)
-    path.write_text(json.dumps(manifest), encoding="utf-8")
+    path.write_bytes(checkpoints._manifest_bytes(manifest))
     with pytest.raises(checkpoints.CheckpointError, match="expected files in this folder, found '../secret'"):
         checkpoints.read_card(tmp_path / "model")
 

@@ -160,6 +160,15 @@ def test_figures_and_bands_must_match(course, monkeypatch):
     finish()
 
 
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", '{"profiles": 1}', "<html>"])
+def test_damaged_bands_are_named(course, content):
+    begin(LESSON, "quick")
+    path = course / "data" / "bands" / f"{LESSON}.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(CourseError, match=f"{path.name}: expected the measured bands.*git checkout"):
+        finish()
+
+
 def test_a_profile_without_bands_records_but_figures_must_be_finite(course):
     begin(LESSON, "full")
     verify("9.1", 1.0, 1)

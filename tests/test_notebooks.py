@@ -7,9 +7,9 @@ import sys
 
 import nbformat
 import pytest
-from conftest import COURSE, RECORDS
 
 from aigc_course import course, lessons
+from conftest import COURSE, RECORDS
 
 LESSONS = course.lessons()
 each_lesson = pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)

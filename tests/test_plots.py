@@ -220,6 +220,12 @@ def test_chinese_characters_are_drawn_everywhere_and_leave_no_box():
         assert plots.png(poem_figure("白日依山尽")) != plots.png(poem_figure("黄河入海流"))
 
 
+def test_bold_text_falls_back_without_a_word(fresh_fonts, caplog):
+    with plots.canvas() as (figure, ax):
+        ax.set_title("黄河 and more", weight="bold")
+    assert plots.png(figure) and not caplog.records
+
+
 def test_without_the_font_figures_are_drawn_and_one_line_says_so(fresh_fonts, monkeypatch, tmp_path):
     """The control of the test above: boxes do raise matplotlib's warning."""
     monkeypatch.setattr(plots, "course_dir", lambda: tmp_path)

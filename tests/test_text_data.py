@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import message_of
 
 from aigc_course import runtime
 from aigc_course.datasets import (
@@ -26,6 +25,7 @@ from aigc_course.datasets import (
     load_poems,
     load_shakespeare,
 )
+from conftest import message_of
 
 DATA = runtime.course_dir() / "data"
 HELD_OUT = ("valid", "test")
@@ -287,7 +287,14 @@ def write_root(root: Path, part: str, content: bytes) -> Path:
         ("tang300", "题\n人\n一，\n\n只有题\n".encode(), "a title, a poet and verses in each block.*只有题"),
         ("song100", "题\n人\n一，\n\n题\n人\n\n题\n人\n二，\n".encode(), "a title, a poet and verses in each block"),
         ("song100", b"", "a title, a poet and verses in each block"),
+        ("song100", "题\n人\n一，\n\n\n题\n人\n二，\n".encode(), "a title, a poet and verses in each block"),
+        ("song100", "题\r\n人\r\n一，\r\n".encode(), "plain text.*at character 1"),
+        ("tang300", "\ufeff题\n人\n一，\n".encode(), "plain text.*ufeff. at character 0"),
+        ("tang300", b"<html>\n<body>\nSign in\n", "an HTML page"),
         ("sonnets", b"HAMLET\n\nTo be\xe9\n", "text in UTF-8"),
+        ("sonnets", b"HAMLET\n\nTo be\n\f\n\f\n", "a title and a text between form feeds"),
+        ("sonnets", b"HAMLET\n\nTo be\n", "the work 'THE SONNETS', found 1 others"),
+        ("sonnets", b"THE SONNETS\n\nShall I compare thee\n", "sonnets under Roman numerals"),
     ],
 )
 def test_a_text_in_another_form_is_named(tmp_path, part, content, says):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,9 +14,10 @@ import torch
 from torch import nn
 
 from aigc_course import checkpoints
-from aigc_course.runtime import CourseError
+from aigc_course.runtime import CourseError, only_process
 from aigc_course.state import NotFiniteError, TrainConfig, TrainState
 from aigc_course.training import epoch_order, fit, step_rng
+from faults import workers
 
 DATA = torch.randn(100, 3, generator=torch.Generator().manual_seed(5))
 
@@ -252,7 +254,7 @@ def test_clipping_bounds_the_update():
         assert parameter.norm().item() == pytest.approx(moved, rel=1e-5)
 
 
-def test_every_row_is_seen_once_an_epoch_and_ranks_share_a_batch(monkeypatch):
+def test_every_row_is_seen_once_an_epoch():
     seen = []
 
     def step(state, batch, rng):
@@ -261,21 +263,9 @@ def test_every_row_is_seen_once_an_epoch_and_ranks_share_a_batch(monkeypatch):
 
     rows = torch.arange(32.0).reshape(32, 1)
     fit(step, TrainState({}, {}), rows, config(steps=8, batch_size=8, ema={}))
-    alone = [set(batch.tolist()) for batch in seen]
     for epoch in (seen[:4], seen[4:]):
         assert sorted(torch.cat(epoch).tolist()) == rows[:, 0].tolist()
     assert [b.tolist() for b in seen[:4]] != [b.tolist() for b in seen[4:]]
-
-    shares = []
-    for rank in range(2):
-        seen.clear()
-        monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
-        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
-        monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
-        fit(step, TrainState({}, {}), rows, config(steps=8, batch_size=8, ema={}))
-        shares.append([set(batch.tolist()) for batch in seen])
-    assert [a | b for a, b in zip(*shares, strict=True)] == alone
-    assert all(not a & b for a, b in zip(*shares, strict=True))
 
 
 def test_the_global_generator_is_left_as_it_was():
@@ -481,49 +471,44 @@ def test_another_decay_or_no_average_takes_effect_on_a_second_fit():
     assert state.ema == {}
 
 
-RANK = """
-import os, sys
-sys.path.insert(0, {tests!r})
-import torch, torch.distributed as dist
-from test_training import DATA, TrainState, config, fit, nn
-
-dist.init_process_group("gloo", init_method="file://" + {meet!r}, rank=int(sys.argv[1]), world_size=2)
-torch.manual_seed(0)
-net = nn.Linear(3, 3)
-state = TrainState({{"net": net}}, {{"net": torch.optim.SGD(net.parameters(), lr=0.1)}})
-
-def step(state, batch, rng):
-    loss = (state.nets["net"](batch) - batch.flip(1)).square().mean()
-    state.minimize("net", loss)
-    return {{"draw": torch.rand((), generator=rng)}}
-
-fit(step, state, DATA, config(steps=20, ema={{}}), out={out!r})
-torch.save((net.state_dict(), state.history), {out!r} + f"/rank{{sys.argv[1]}}.pt")
-"""
+def hold(folder, pipe):
+    with only_process(folder):
+        pipe.send("held")
+        pipe.recv()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="gloo meets in a file on POSIX")
-def test_two_ranks_train_as_one(tmp_path):
-    script = RANK.format(tests=os.path.dirname(__file__), meet=str(tmp_path / "meet"), out=str(tmp_path))
-    ranks = [subprocess.Popen([sys.executable, "-c", script, str(rank)]) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    (first, draws), (second, others) = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+@pytest.mark.skipif(sys.platform == "win32", reason="the workers are forked, and killed")
+@pytest.mark.parametrize("ending", ["lets go", "is killed"])
+def test_a_run_folder_is_one_process_s_at_a_time(tmp_path, ending):
+    ours, theirs = multiprocessing.Pipe()
+    process = workers.start(hold, tmp_path, theirs)
+    assert ours.recv() == "held"
+    with pytest.raises(CourseError) as caught:
+        fit(never, new_state(), DATA, config(), out=tmp_path)
+    message = str(caught.value)
+    assert (
+        message.startswith(f"{tmp_path} is in use by another process (process {process.pid})") and "\n" not in message
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    ours.send("let go") if ending == "lets go" else process.kill()
+    process.join()
+    resumed = fit(denoise_step, new_state(), DATA, config(), out=tmp_path)
+    assert_identical(fit(denoise_step, new_state(), DATA, config()), resumed)
 
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        alone = nn.Linear(3, 3)
-    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
-    for step in range(20):
-        epoch, position = divmod(step, 100 // 16)
-        batch = DATA[epoch_order(0, epoch, 100)[position * 16 : (position + 1) * 16]]
-        optimizer.zero_grad()
-        (alone(batch) - batch.flip(1)).square().mean().backward()
-        optimizer.step()
-    for name, value in alone.state_dict().items():
-        assert torch.equal(first[name], second[name])
-        torch.testing.assert_close(first[name], value)
-    assert not set(draws["draw"]) & set(others["draw"])
-    assert checkpoints.newest_valid(tmp_path / "checkpoints").card["world"] == 2
+
+def test_a_run_folder_is_free_again_after_an_error(tmp_path):
+    with pytest.raises(AssertionError, match="no step was to be taken"):
+        fit(never, new_state(), DATA, config(), out=tmp_path)
+    assert fit(denoise_step, new_state(), DATA, config(), out=tmp_path).step_count == 25
+
+
+def test_what_a_killed_run_left_is_swept_when_it_goes_on(tmp_path):
+    fit(denoise_step, new_state(), DATA, config(steps=10), out=tmp_path)
+    unfinished = checkpoints.step_folder(tmp_path / "checkpoints", 99)
+    unfinished.mkdir()
+    (unfinished / "weights-0123456789ab.safetensors.tmp").write_bytes(b"half a file")
+    fit(denoise_step, new_state(), DATA, config(), out=tmp_path)
+    assert not unfinished.exists()
 
 
 def test_more_steps_go_on_where_the_run_ended(tmp_path):

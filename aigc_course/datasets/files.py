@@ -4,11 +4,14 @@ import hashlib
 import json
 import os
 import zlib
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import NamedTuple
 
 from .. import runtime
 from ..runtime import CourseError
+
+START = 1024  # bytes at the start of a file in which an HTML page gives itself away
+MAX_BYTES = 2**40  # no size beyond a terabyte is believed
 
 
 class DataError(CourseError):
@@ -43,20 +46,25 @@ def _manifest(root: Path) -> dict[str, dict]:
     """The table of files that ``root`` is held to: its own ``manifest.json``, or else the course's."""
     home = root if os.path.exists(root / "manifest.json") else runtime.course_dir() / "data"
     try:
-        table = json.loads((home / "manifest.json").read_text(encoding="utf-8"))
+        content = (home / "manifest.json").read_bytes()
+        _refuse_page(home, "manifest.json", "the table of data files in JSON", content, len(content))
+        table = json.loads(content)
     except FileNotFoundError as error:
         raise damage(home, "manifest.json", "the table of data files", "no such file") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise damage(home, "manifest.json", "the table of data files in JSON", f"{error}") from error
     if not isinstance(table, dict):
         raise damage(home, "manifest.json", "an object with an entry for each file", f"a {type(table).__name__}")
     for name, entry in table.items():
+        path = PureWindowsPath(name)  # the stricter of the two kinds: a drive, / and \ in front are all seen
+        if path.anchor or ".." in path.parts or not name.isprintable():
+            raise damage(home, "manifest.json", "names of files within its folder", f"{name!r:.100}")
         sizes, sums = ["bytes"], ["sha256"]
         if name.endswith(".gz"):
             sizes, sums = ["bytes", "content_bytes"], ["sha256", "content_sha256"]
         if not (
             isinstance(entry, dict)
-            and all(isinstance(entry.get(key), int) and entry[key] >= 0 for key in sizes)
+            and all(type(entry.get(key)) is int and 0 <= entry[key] < MAX_BYTES for key in sizes)
             and all(isinstance(entry.get(key), str) for key in sums)
         ):
             raise damage(home, "manifest.json", f"{', '.join(sizes + sums)} for {name}", f"{entry!r:.100}")
@@ -68,22 +76,25 @@ def _stored(root: Path, name: str, entry: dict) -> bytes:
     size = entry["bytes"]
     try:
         with (root / name).open("rb") as file:
-            stored = file.read(size + 1)
             n_bytes = file.seek(0, 2)
+            file.seek(0)
+            stored = file.read(size if n_bytes == size else START)
     except FileNotFoundError as error:
         raise damage(root, name, f"a file of {size} bytes", "no such file") from error
     except OSError as error:
         raise damage(root, name, f"a file of {size} bytes", f"{error.strerror}") from error
-    digest = hashlib.sha256(stored).hexdigest()
-    if n_bytes == size and digest == entry["sha256"]:
-        return stored
-    start = stored[:1024].lower()
-    if b"<html" in start or b"<!doctype html" in start:
-        found = f"an HTML page of {n_bytes} bytes, such as a network's login page"
-        raise damage(root, name, f"a data file of {size} bytes", found)
+    _refuse_page(root, name, f"a data file of {size} bytes", stored, n_bytes)
     if n_bytes != size:
         raise damage(root, name, f"{size} bytes", f"{n_bytes} bytes")
-    raise damage(root, name, f"sha256 {entry['sha256']}", digest)
+    if (digest := hashlib.sha256(stored).hexdigest()) != entry["sha256"]:
+        raise damage(root, name, f"sha256 {entry['sha256']}", digest)
+    return stored
+
+
+def _refuse_page(root: Path, name: str, expected: str, content: bytes, n_bytes: int) -> None:
+    start = content[:START].lower()
+    if b"<html" in start or b"<!doctype html" in start:
+        raise damage(root, name, expected, f"an HTML page of {n_bytes} bytes, such as a network's login page")
 
 
 def inflate(stored: bytes, name: str, size: int, root: str | Path | None = None) -> bytes:
@@ -123,7 +134,11 @@ def verified_bytes(name: str, root: str | Path | None = None) -> bytes:
         raise damage(root, name, "an entry for it in manifest.json", "none")
     entry = table[name]
     stored = _stored(root, name, entry)
-    return inflate(stored, name, entry["content_bytes"], root) if name.endswith(".gz") else stored
+    if not name.endswith(".gz"):
+        return stored
+    content = inflate(stored, name, entry["content_bytes"], root)
+    _refuse_page(root, name, "data in the gzip stream", content, len(content))
+    return content
 
 
 def check_data(root: str | Path | None = None) -> list[FileCheck]:

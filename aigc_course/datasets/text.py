@@ -21,6 +21,7 @@ HELD_OUT = 0.05  # the share of the groups of poems in each of valid and test
 WORKS_APART = {"TWELFTH NIGHT; OR, WHAT YOU WILL": "valid", "OTHELLO, THE MOOR OF VENICE": "test"}
 WORKS_APART |= {"THE SONNETS": "sonnets", "THE PASSIONATE PILGRIM": None}
 PUNCTUATION = re.compile(r"[，。？！；：、“”‘’《》〈〉（）…—·\s]+")
+ODD = re.compile("[\\0-\\x08\\x0b\\r-\\x1f\\x7f\\ufeff]")  # control characters, and the mark of a byte order
 REGULATED = re.compile(r"(?:[^\W\d_]{5}，[^\W\d_]{5}。|[^\W\d_]{7}，[^\W\d_]{7}。)+")
 
 
@@ -79,8 +80,8 @@ def _read_poems(name: str, root: str | Path | None) -> list[Poem]:
     blocks = _text(name, root).strip("\n").split("\n\n")
     poems = []
     for block in blocks:
-        title, poet, *lines = [*block.split("\n"), ""] if "\n" in block else [block, "", ""]
-        if not "".join(lines):
+        title, poet, *lines = [*block.split("\n"), "", ""]
+        if not (title and poet and "".join(lines)):
             raise damage(data_root(root), name, "a title, a poet and verses in each block", f"{block[:40]!r}")
         poems.append(Poem(title, poet, "".join(lines)))
     return poems
@@ -128,25 +129,38 @@ def load_shakespeare(part: str = "train", root: str | Path | None = None) -> lis
     """
     if part not in WORK_PARTS:
         raise DataError(f"there are no works {part!r}: choose from {', '.join(WORK_PARTS)}")
-    works = []
-    for text in _text("shakespeare/works.txt", root).split("\f\n"):
-        works.append(Work(text.lstrip("\n").split("\n", 1)[0].strip(), text))
+    works, name = [], "shakespeare/works.txt"
+    for text in _text(name, root).split("\f\n"):
+        title, _, lines = text.lstrip("\n").partition("\n")
+        if not (title.strip() and lines.strip()):
+            raise damage(data_root(root), name, "a title and a text between form feeds", f"{text[:40]!r}")
+        works.append(Work(title.strip(), text))
     if part == "all":
         return works
     chosen = [work for work in works if WORKS_APART.get(work.title, "train") == part]
+    if not chosen:
+        titles = [title for title, place in WORKS_APART.items() if place == part]
+        expected = f"the work {titles[0]!r}" if titles else "a work to train on"
+        raise damage(data_root(root), name, expected, f"{len(works)} others")
     if part != "sonnets":
         return chosen
     # a sonnet: a Roman numeral alone in a line, an empty line, and the verses up to the next numeral
     pieces = re.split(r"\n([IVXLC]+)\.?\n\n", chosen[0].text)
+    if len(pieces) == 1:
+        raise damage(data_root(root), name, "sonnets under Roman numerals in THE SONNETS", "none")
     return [Work(number, verses.rstrip() + "\n") for number, verses in zip(pieces[1::2], pieces[2::2], strict=True)]
 
 
 def _text(name: str, root: str | Path | None) -> str:
     content = verified_bytes(name, root)
     try:
-        return content.decode("utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise damage(data_root(root), name, "text in UTF-8", f"byte {error.start} that is none") from error
+    if odd := ODD.search(text):
+        found = f"{ascii(odd[0])} at character {odd.start()}"
+        raise damage(data_root(root), name, "plain text with \\n at the end of a line", found)
+    return text
 
 
 class TokenDataset:

@@ -45,12 +45,13 @@ def recorded(name: str, *, live: bool = False) -> dict[str, Any]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             rows, command, machine, seconds = (found[key] for key in ("rows", "command", "machine", "seconds"))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            told = f"recorded by: {command} ({len(rows)} rows; {machine}; {seconds / 60:.0f} minutes)"
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise CourseError(
                 f"{path} cannot be read ({type(error).__name__}: {error}): git checkout -- data/histories, or record "
                 f"it anew by: aigc experiment {name}"
             ) from error
-        print(f"recorded by: {command} ({len(rows)} rows; {machine}; {seconds / 60:.0f} minutes). LIVE = True runs it.")
+        print(f"{told}. LIVE = True runs it.")
     return found
 
 

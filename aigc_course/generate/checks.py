@@ -15,8 +15,11 @@ class GenerateWarning(UserWarning):
     """The model does not see the whole prompt."""
 
 
-def _whole(least: int) -> tuple:
-    return (lambda x: isinstance(x, int) and not isinstance(x, bool) and x >= least), f"a whole number from {least} on"
+def _whole(least: int, most: int | None = None) -> tuple:
+    def allows(x):
+        return isinstance(x, int) and not isinstance(x, bool) and least <= x and (most is None or x <= most)
+
+    return allows, f"a whole number from {least} {'on' if most is None else f'to {most}'}"
 
 
 def _number(least: int | float, most: int | float) -> tuple:
@@ -38,7 +41,7 @@ SETTINGS = {
     "min_p": _or(None, _number(0, 1)),
     "repetition_penalty": _number(1e-6, 1e6),
     "no_repeat_ngram_size": _whole(0),
-    "num_beams": _whole(1),
+    "num_beams": _whole(1, 1000),  # memory grows with them
     "length_penalty": _number(-10, 10),
     "early_stopping": _or("never", (lambda x: isinstance(x, bool), "True or False")),
 }

@@ -244,12 +244,14 @@ def beam_search(
     more than the worst of them; "never" takes it at the length that would score best. Raises ``GenerateError`` as
     ``generate`` does, and if prompt and new tokens together do not fit into the model's context.
     """
-    check(num_beams=num_beams, length_penalty=length_penalty, early_stopping=early_stopping)
+    settings = {"num_beams": num_beams, "length_penalty": length_penalty, "early_stopping": early_stopping}
+    check(**settings, max_new_tokens=max_new_tokens)
+    check_prompt(model, ids, attention_mask)
+    (b, t), v, size = ids.shape, model.config.vocab_size, model.config.block_size
+    if t + max_new_tokens > size:  # before a warning says that the end of them is read
+        raise GenerateError(f"{t} ids and {max_new_tokens} new ones do not fit into the context of {size}: take fewer")
     penalties = {"repetition_penalty": repetition_penalty, "no_repeat_ngram_size": no_repeat_ngram_size}
     reader = _start(model, ids, attention_mask, max_new_tokens, stop, None, {"temperature": 0, **penalties})
-    (b, t), v, size = ids.shape, model.config.vocab_size, model.config.block_size
-    if t + max_new_tokens > size:
-        raise GenerateError(f"{t} ids and {max_new_tokens} new ones do not fit into the context of {size}: take fewer")
     row, end = torch.arange(b, device=ids.device)[:, None], -1 if stop is None else stop
     scores = torch.zeros(b, 1, device=ids.device)  # of the beams; at first there is one
     is_open = torch.ones_like(scores, dtype=torch.bool)

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..checkpoints import write_atomically
+from ..checkpoints import check_header, write_atomically
 from ..runtime import CourseError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -104,10 +104,15 @@ def read_weights(folder: Path, like: Mapping[str, torch.Size]) -> dict[str, Tens
     weights: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         try:
+            with open(path, "rb") as file:
+                check_header(file)
             loaded = safetensors.torch.load_file(path)
         except Exception as error:
             raise _error(path, "a safetensors file", f"{type(error).__name__}: {error}", REFETCH) from error
-        weights |= {name.removeprefix("transformer."): tensor for name, tensor in loaded.items()}
+        for name, tensor in loaded.items():
+            if (bare := name.removeprefix("transformer.")) in weights:
+                raise _error(path, "each tensor once", f"{bare!r} twice", REFETCH)
+            weights[bare] = tensor
     path = folder / WEIGHTS
     head = weights.pop("lm_head.weight", None)
     ours = {}
@@ -160,7 +165,7 @@ def _weight_files(folder: Path) -> list[Path]:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             if not all(isinstance(name, str) for name in names):
                 raise TypeError("a file's name is no string")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _error(index, "the list of the weights' files", error, REFETCH) from error
         if any(os.path.basename(name) != name or not (folder / name).is_file() for name in names):
             raise _error(index, "files in this folder", ", ".join(names), REFETCH)

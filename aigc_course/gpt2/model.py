@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import ranks
 from ..state import TrainState
 from . import files
 from .files import GPT2Error
@@ -324,6 +325,8 @@ def lm_losses(model: GPT2, batch: Int64[Tensor, "b t_and_1"]) -> Float[Tensor, "
 
 def lm_step(state: TrainState, batch: Int64[Tensor, "b t_and_1"], rng: torch.Generator) -> dict[str, Tensor]:
     """One update of "gpt2" on the mean loss of the batch's real tokens, in nats; ``rng`` is not used."""
-    loss = lm_losses(state.nets["gpt2"], batch).sum() / (batch[:, 1:] != IGNORE).sum()
+    n = (batch[:, 1:] != IGNORE).sum().float()
+    ranks.average([n])  # of several ranks one may have longer texts: each token counts the same
+    loss = lm_losses(state.nets["gpt2"], batch).sum() / n
     state.minimize("gpt2", loss)
     return {"loss": loss}

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import checkpoints
+from .. import checkpoints, ranks
 from ..datasets import load_mnist
 from ..gan import DCGANConfig, Discriminator, GANConfig, Generator, gan_step, recalibrate, sample
 from ..runtime import CourseError, pick_device, pick_profile, rng_for
@@ -123,10 +123,14 @@ def gan_recipe(name: str, profile: str, seed: int, device: torch.device) -> Reci
         plan = gan_plan(name, profile, seed=seed, device=device)
         fit(plan.step, plan.state, plan.images, plan.config, out=out, on_log=on_log)
         model = plan.generator()
-        if out is not None:
+
+        def keep() -> None:
             facts = card(name, profile, seed, device, held_out(model, seed))
             facts["config"] = asdict(model.config)
             checkpoints.save(Path(out) / "model", model.state_dict(), card=facts)
+
+        if out is not None:
+            ranks.on_first(keep)
         return model
 
     def restore(folder: Path) -> Generator:

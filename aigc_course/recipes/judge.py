@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import checkpoints
+from .. import checkpoints, ranks
 from ..classifier import Classifier, ClassifierConfig, classifier_step
 from ..datasets import Images, load_mnist
 from ..metrics import class_coverage, frechet_distance, precision_recall
@@ -42,13 +42,17 @@ def classifier(profile: str, seed: int, device: torch.device) -> Recipe:
         config = TrainConfig(steps=steps, batch_size=128, seed=seed, device=str(device), precision="fp32")
         fit(step, TrainState({"classifier": model}, {"classifier": adam}), digits, config, out=out, on_log=on_log)
         model.eval()
-        if out is not None:
+
+        def keep() -> None:
             test = load_mnist(train=False, size=32, device=device)
             with torch.no_grad():
                 named = torch.cat([model(part).argmax(1) for part in test.images.split(500)])
             figures = {"accuracy on the test digits": (named == test.labels).float().mean().item()}
             facts = {**card("classifier", profile, seed, device, figures), "config": asdict(model.config)}
             checkpoints.save(Path(out) / "model", model.state_dict(), card=facts)
+
+        if out is not None:
+            ranks.on_first(keep)
         return model
 
     def restore(folder: Path) -> Classifier:

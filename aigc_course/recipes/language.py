@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import checkpoints
+from .. import checkpoints, ranks
 from ..datasets import TokenDataset, load_poems, load_shakespeare
 from ..generate import generate
 from ..gpt2 import GPT2, GPT2Config, lm_losses, lm_step
@@ -242,7 +242,7 @@ def language_recipe(name: str, profile: str, seed: int, device: torch.device) ->
                 on_log(step, figures)
 
         fit(plan.step, plan.state, plan.data, plan.config, out=out, on_log=log)
-        return restore(folder) if folder is not None else keeper.best(device)
+        return restore(folder) if folder is not None and ranks.join()[0] == 0 else keeper.best(device)
 
     restore = partial(restore_language, device=device)
     return Recipe(name=name, profile=profile, train=train, restore=restore, sample=sample_texts, device=device)

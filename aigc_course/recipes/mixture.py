@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .. import checkpoints
+from .. import checkpoints, ranks
 from ..datasets import load_mnist
 from ..gmm import GaussianMixture
 from ..runtime import CourseError
@@ -87,8 +87,11 @@ GMM = {"quick": {"n_components": 40, "max_iter": 20}, "full": {"n_components": 2
 
 def gmm(profile: str, seed: int, device: torch.device) -> Recipe:
     def train(out: Path | None = None, on_log: Callable[[int, dict[str, float]], None] | None = None) -> DigitMixture:
+        if ranks.join()[1] > 1:
+            raise CourseError("gmm is fitted by EM, in one process: start it without torchrun")
         if out is not None:
             check_profile(out, profile)
+            checkpoints.writable(Path(out), "AIGC_RUN_DIR or --out")  # before the work
         images = load_mnist(train=True, device=device).images.flatten(1)
         pca = PCA.fit(images, 50)
         mixture = GaussianMixture(**GMM[profile], tol=0.01, reg_covar=1e-3, seed=seed).fit(pca.encode(images))

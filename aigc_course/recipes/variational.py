@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import checkpoints
+from .. import checkpoints, ranks
 from ..datasets import binarize, load_mnist
 from ..runtime import rng_for
 from ..state import TrainConfig, TrainState
@@ -53,11 +53,16 @@ def vae(name: str, profile: str, seed: int, device: torch.device) -> Recipe:
             steps=steps, batch_size=BATCH_SIZE, seed=seed, device=str(device), precision="fp32", checkpoint_every=1200
         )
         fit(step, TrainState({"vae": model}, {"vae": adam}), images, train_config, out=out, on_log=on_log)
-        if out is not None:
-            facts = card(name, profile, seed, device, held_out_figures(model.eval(), seed))
+        model.eval()
+
+        def keep() -> None:
+            facts = card(name, profile, seed, device, held_out_figures(model, seed))
             facts["config"] = {"z_dim": config.z_dim, "hidden": config.hidden}
             checkpoints.save(Path(out) / "model", model.state_dict(), card=facts)
-        return model.eval()
+
+        if out is not None:
+            ranks.on_first(keep)
+        return model
 
     def restore(folder: Path) -> VAE:
         checkpoint = checkpoints.load(folder, device=device)

@@ -6,7 +6,6 @@ names: a process killed at any point leaves the old checkpoint or the new one. O
 """
 
 import contextlib
-import errno
 import hashlib
 import io
 import json
@@ -18,28 +17,29 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from .runtime import CourseError, pick_device
+from ..runtime import pick_device
+from .disk import CheckpointError, CheckpointMismatch, FolderLike, fault, sync, writable, write_atomically
 
-FolderLike = str | os.PathLike
+__all__ = [
+    "MANIFEST", "Checkpoint", "CheckpointError", "CheckpointMismatch", "CheckpointWarning", "check_header", "load",
+    "newest_valid", "prune", "read_card", "save", "seal", "step_folder", "sweep", "writable", "write_atomically",
+]  # fmt: skip
 MANIFEST, FORMAT = "manifest.json", "aigc-course checkpoint, version 1"
 SEALED = "aigc-course sealed folder, version 1"
 SUFFIXES = {"weights": ".safetensors", "training": ".pt"}
-OURS = re.compile(r"(weights-[0-9a-f]{12}\.safetensors|training-[0-9a-f]{12}\.pt)(\.tmp)?|manifest\.json\.tmp")
+OURS = re.compile(
+    r"(weights-[0-9a-f]{12}\.safetensors|training-[0-9a-f]{12}\.pt)(\.tmp)?"
+    r"|((manifest|config|history)\.json|model\.safetensors)\.tmp"
+)
+MAX_HEADER = 10**6  # bytes of a safetensors file that name its tensors: fifteen times those of the largest GPT-2
 PLAIN = (type(None), bool, int, float, str)  # exact types: a numpy float is a float too, yet does not load again
 RELOAD = "load an older checkpoint, fetch this one again, or train again"
-
-
-class CheckpointError(CourseError):
-    """A checkpoint that cannot be written, or one that is damaged, unfinished or unsafe to read."""
-
-
-class CheckpointMismatch(CheckpointError):
-    """A sound checkpoint of another model: names, shapes or dtypes are not the expected ones."""
 
 
 class CheckpointWarning(UserWarning):
@@ -77,8 +77,8 @@ def save(
 
     fresh = [folder / name for name in contents if not os.path.exists(folder / name)]
     try:
-        for name, data in contents.items():
-            write_atomically(folder / name, data)
+        for i, (name, data) in enumerate(contents.items()):
+            write_atomically(folder / name, data, then=sum(map(len, [*contents.values()][i + 1 :])))
     except BaseException:
         with contextlib.suppress(OSError):
             manifest = folder / MANIFEST
@@ -93,32 +93,6 @@ def save(
             if OURS.fullmatch(path.name) and path.name not in contents:
                 path.unlink()
     return folder
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Put ``data`` into the file ``path``, whose name stands for its old content or for all of the new at any moment.
-
-    The folder is made if need be. Raises ``CheckpointError``; no temporary file is left then.
-    """
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        if not path.parent.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _sync(path.parent.parent)
-        temporary.unlink(missing_ok=True)  # a killed process may have left one
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        if not isinstance(error, OSError):
-            raise
-        remedy = "what was saved before is still whole: free disk space or mend the permissions, then save again"
-        raise _error(path, "to write it", error.strerror or error, remedy) from error
 
 
 def load(
@@ -146,7 +120,8 @@ def seal(folder: FolderLike, card: Mapping) -> Path:
     It states size and sha256 of each file, and ``card``, which is JSON. Call it last: it is the commit.
     """
     folder = Path(folder)
-    files = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != MANIFEST}
+    paths = [p for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST and p.suffix != ".tmp"]
+    files = {path.name: path.read_bytes() for path in paths}  # a killed process may have left a temporary file
     entries = {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()}
     write_atomically(folder / MANIFEST, _pack_manifest(folder, entries, card, SEALED))
     return folder
@@ -165,10 +140,10 @@ def read_card(folder: FolderLike) -> dict:
         entries = [(str(name), entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
         card = dict(manifest["card"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _error(folder / MANIFEST, "a card and a list of files", f"neither ({error!r})", RELOAD) from error
+        raise fault(folder / MANIFEST, "a card and a list of files", f"neither ({error!r})", RELOAD) from error
     for name, size, digest in entries:
         if os.path.basename(name) != name:
-            raise _error(folder / MANIFEST, "files in this folder", repr(name), RELOAD)
+            raise fault(folder / MANIFEST, "files in this folder", repr(name), RELOAD)
         _read_agreed(folder / name, size, digest)
     return card
 
@@ -215,37 +190,67 @@ def prune(folder: FolderLike, keep: int) -> list[Path]:
                     continue
         try:
             (path / MANIFEST).unlink(missing_ok=True)  # first: half a removal must not look like a checkpoint
-            _sync(path)
+            sync(path)
             shutil.rmtree(path)
         except OSError as error:
-            raise _error(path, "to remove it", error.strerror or error, "mend the permissions, prune again") from error
+            raise fault(path, "to remove it", error.strerror or error, "mend the permissions, prune again") from error
         removed.append(path)
     return removed
 
 
-def _error(path: Path, expected: str, found: object, remedy: str, kind: type = CheckpointError) -> CheckpointError:
-    found = (str(found).splitlines() or ["nothing"])[0]
-    return kind(f"{path}: expected {expected}, found {found}; {remedy}")
+def sweep(folder: FolderLike) -> list[Path]:
+    """Remove what a killed process left in ``folder`` and in its step folders, and return what was removed.
+
+    These are temporary files, files of a checkpoint that its manifest does not name, and step folders without a
+    manifest that hold nothing else. A damaged checkpoint stays, and so does what cannot be removed. Call it only while
+    no other process saves there.
+    """
+    removed = []
+    for place in (Path(folder), *_steps(folder)):
+        with contextlib.suppress(OSError):
+            for path in _orphans(place, step=place != Path(folder)):
+                path.unlink()
+                removed.append(path)
+            if place != Path(folder) and not (place / MANIFEST).exists():
+                place.rmdir()  # only if it is empty
+                removed.append(place)
+    return removed
+
+
+def check_header(file: io.BufferedIOBase) -> None:
+    """Raise ``ValueError`` for a header that safetensors would read: one of over 1 MB, or one that names a thing twice.
+
+    ``file`` stands at its beginning. Whatever else may be wrong with it, safetensors finds.
+    """
+    size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER:
+        raise ValueError(f"a header of {size:,} bytes")
+    json.loads(file.read(size), object_pairs_hook=_each_once)
+
+
+def _orphans(place: Path, *, step: bool) -> list[Path]:
+    """The files in ``place`` that belong to no checkpoint; all of ours, if it is a step folder without a manifest."""
+    ours = [path for path in sorted(place.iterdir()) if OURS.fullmatch(path.name)]
+    named = None  # unknown
+    if (place / MANIFEST).exists():
+        with contextlib.suppress(CheckpointError, KeyError, TypeError, AttributeError):
+            named = {entry["name"] for entry in _read_manifest(place, FORMAT)["files"].values()}
+    elif step:
+        named = set()
+    return [path for path in ours if path.suffix == ".tmp" or (named is not None and path.name not in named)]
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{max(names, key=names.count)!r} twice")
+    return dict(pairs)
 
 
 def _steps(folder: FolderLike) -> list[Path]:
     """The step folders, highest step first."""
     steps = [p for p in Path(folder).glob("step-*") if re.fullmatch("step-[0-9]{6,}", p.name) and p.is_dir()]
     return sorted(steps, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in ``folder`` durable, where the system can: Windows and some network file systems cannot."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _plain(value: object, where: str) -> object:
@@ -267,7 +272,7 @@ def _pack_weights(folder: Path, weights: Mapping[str, Tensor]) -> bytes:
     try:
         data = safetensors.torch.save(_plain(dict(weights), "weights"))
     except Exception as error:
-        raise _error(folder, "tensors that safetensors can hold", error, remedy) from error
+        raise fault(folder, "tensors that safetensors can hold", error, remedy) from error
     _check_like(folder, _parse_weights(folder, data, remedy), weights)
     return data
 
@@ -277,7 +282,7 @@ def _pack_training(folder: Path, training: Mapping) -> bytes:
     try:
         torch.save(_plain(dict(training), "training"), buffer)
     except Exception as error:
-        raise _error(folder, "numbers, strings, None and tensors", error, remedy) from error
+        raise fault(folder, "numbers, strings, None and tensors", error, remedy) from error
     _parse_training(folder, buffer.getvalue(), remedy)
     return buffer.getvalue()
 
@@ -285,10 +290,14 @@ def _pack_training(folder: Path, training: Mapping) -> bytes:
 def _pack_manifest(folder: Path, files: dict, card: Mapping | None, form: str = FORMAT) -> bytes:
     try:
         manifest = {"format": form, "files": files, "card": json.loads(json.dumps(dict(card or {}), allow_nan=False))}
-        return json.dumps({**manifest, "sha256": _digest(manifest)}, indent=2, ensure_ascii=False).encode("utf-8")
+        return _manifest_bytes({**manifest, "sha256": _digest(manifest)})
     except (TypeError, ValueError, RecursionError) as error:
         remedy = "nothing was written: keep finite numbers, strings, lists and dicts in the card"
-        raise _error(folder, "a card that is JSON", error, remedy) from error
+        raise fault(folder, "a card that is JSON", error, remedy) from error
+
+
+def _manifest_bytes(manifest: dict) -> bytes:
+    return json.dumps(manifest, indent=2, ensure_ascii=False).encode("utf-8")
 
 
 def _digest(manifest: dict) -> str:
@@ -299,20 +308,20 @@ def _read_manifest(folder: Path, *forms: str) -> dict:
     """The manifest in ``folder``, of one of these formats and as it was saved."""
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise _error(folder, "the folder of a checkpoint", "none", "check the path, or train first")
+        raise fault(folder, "the folder of a checkpoint", "none", "check the path, or train first")
     data = _read_bytes(path, "it was not finished: " + RELOAD)
     try:
         manifest = json.loads(data)
         if not isinstance(manifest, dict):
             raise ValueError("a list or a bare value")
         form, stated = manifest.get("format"), manifest.pop("sha256", None)
-        actual = _digest(manifest)
+        sound = stated == _digest(manifest) and data == _manifest_bytes({**manifest, "sha256": stated})
     except (ValueError, RecursionError) as error:
-        raise _error(path, "a JSON object", error, RELOAD) from error
+        raise fault(path, "a JSON object", error, RELOAD) from error
     if form not in forms:
-        raise _error(path, f"format {forms[0]!r}", repr(form)[:80], "check the path, or update the course")
-    if stated != actual:
-        raise _error(path, "the manifest that was saved", "one changed since (its sha256 differs)", RELOAD)
+        raise fault(path, f"format {forms[0]!r}", repr(form)[:80], "check the path, or update the course")
+    if not sound:
+        raise fault(path, "the manifest that was saved", "one changed since", RELOAD)
     return manifest
 
 
@@ -323,13 +332,13 @@ def _read(folder: Path) -> tuple[dict, dict[str, tuple[Path, bytes]]]:
         card = dict(manifest["card"])
         entries = {kind: (str(e["name"]), e["bytes"], str(e["sha256"])) for kind, e in manifest["files"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise _error(path, "a card and a list of files", f"neither ({error!r})", RELOAD) from error
+        raise fault(path, "a card and a list of files", f"neither ({error!r})", RELOAD) from error
     if "weights" not in entries or not set(entries) <= set(SUFFIXES):
-        raise _error(path, "files for weights and perhaps training", sorted(entries), RELOAD)
+        raise fault(path, "files for weights and perhaps training", sorted(entries), RELOAD)
     parts = {}
     for kind, (name, size, digest) in entries.items():
         if not re.fullmatch(rf"{kind}-[0-9a-f]{{12}}\{SUFFIXES[kind]}", name):
-            raise _error(path, f"a file in this folder called {kind}-…{SUFFIXES[kind]}", repr(name), RELOAD)
+            raise fault(path, f"a file in this folder called {kind}-…{SUFFIXES[kind]}", repr(name), RELOAD)
         parts[kind] = (folder / name, _read_agreed(folder / name, size, digest))
     return card, parts
 
@@ -337,9 +346,9 @@ def _read(folder: Path) -> tuple[dict, dict[str, tuple[Path, bytes]]]:
 def _read_agreed(path: Path, size: int, digest: str) -> bytes:
     data = _read_bytes(path, RELOAD)
     if len(data) != size:
-        raise _error(path, f"{size} bytes", f"{len(data)} bytes", RELOAD)
+        raise fault(path, f"{size} bytes", f"{len(data)} bytes", RELOAD)
     if (actual := hashlib.sha256(data).hexdigest()) != digest:
-        raise _error(path, f"sha256 {digest[:12]}…", f"{actual[:12]}…: damaged", RELOAD)
+        raise fault(path, f"sha256 {digest[:12]}…", f"{actual[:12]}…: damaged", RELOAD)
     return data
 
 
@@ -347,19 +356,21 @@ def _read_bytes(path: Path, remedy: str) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise _error(path, "this file", "none", remedy) from error
-    except OSError as error:
-        raise _error(path, "to read it", error.strerror or error, "mend its permissions, or " + RELOAD) from error
+        raise fault(path, "this file", "none", remedy) from error
+    except (OSError, ValueError) as error:  # ValueError: there is a NUL in the name
+        found = getattr(error, "strerror", None) or error
+        raise fault(path, "to read it", found, "mend its permissions, or " + RELOAD) from error
 
 
 def _parse_weights(path: Path, data: bytes, remedy: str) -> dict[str, Tensor]:
     try:
+        check_header(io.BytesIO(data))
         weights = safetensors.torch.load(data)
+        broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
     except Exception as error:
-        raise _error(path, "a safetensors file", f"something else ({type(error).__name__}: {error})", remedy) from error
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            raise _error(path, "finite weights", f"NaN or infinity in {name!r}", remedy)
+        raise fault(path, "a safetensors file", f"something else ({type(error).__name__}: {error})", remedy) from error
+    if broken:
+        raise fault(path, "finite weights", f"NaN or infinity in {broken[0]!r}", remedy)
     return weights
 
 
@@ -368,7 +379,7 @@ def _parse_training(path: Path, data: bytes, remedy: str) -> dict:
         return dict(torch.load(io.BytesIO(data), map_location="cpu", weights_only=True))
     except Exception as error:
         found = f"something else, which was not run ({type(error).__name__})"
-        raise _error(path, "a dict of numbers, strings, None and tensors", found, remedy) from error
+        raise fault(path, "a dict of numbers, strings, None and tensors", found, remedy) from error
 
 
 def _check_like(path: Path, weights: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
@@ -377,10 +388,10 @@ def _check_like(path: Path, weights: Mapping[str, Tensor], like: Mapping[str, Te
         if names:
             some = ", ".join(map(repr, sorted(names)[:3])) + (", …" if len(names) > 3 else "")
             found = f"{len(names)} {what} ({some})"
-            raise _error(path, f"the model's {len(like)} tensors", found, remedy, CheckpointMismatch)
+            raise fault(path, f"the model's {len(like)} tensors", found, remedy, CheckpointMismatch)
     for what in ("shape", "dtype"):
         for name, tensor in like.items():
             expected, found = getattr(tensor, what), getattr(weights[name], what)
             if expected != found:
                 expected, found = (tuple(x) if what == "shape" else x for x in (expected, found))
-                raise _error(path, f"{what} {expected} for {name!r}", found, remedy, CheckpointMismatch)
+                raise fault(path, f"{what} {expected} for {name!r}", found, remedy, CheckpointMismatch)
