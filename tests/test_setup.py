@@ -1,9 +1,13 @@
 """One set of dependencies: pyproject.toml declares it, and the lock, environment.yml and the Makefile agree with it."""
 
+import hashlib
+import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -110,6 +114,98 @@ def test_the_makefile_extracts_uv_with_its_hashes_and_nothing_else():
     (command,) = re.findall(r"awk .* requirements\.lock(?= >)", read("Makefile"))
     done = subprocess.run(command.replace("$$", "$"), shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     assert [done.stdout.rstrip("\n")] == [stanza for stanza in lock_stanzas() if stanza.startswith("uv==")]
+
+
+makes = pytest.mark.skipif(
+    sys.platform == "win32" or not (shutil.which("make") and shutil.which("awk")), reason="make and awk are needed"
+)
+SAYS_WHAT_IT_IS_ASKED = """#!/bin/sh
+echo "$@" >> uv.log
+case "$*" in *"$FAILS") exit 1 ;; esac
+"""
+
+
+def make(folder: Path, *args: str, **env: str) -> subprocess.CompletedProcess:
+    """Run the course's Makefile in ``folder``; pip and uv know only what ``env`` tells them."""
+    shutil.copy(ROOT / "Makefile", folder)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "UV_", "MAKE", "PYTHON"))}
+    env = {**kept, "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "FAILS": "nothing", **env}
+    command = ["make", f"PYTHON={getattr(sys, '_base_executable', sys.executable)}", *args]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8")
+
+
+@pytest.fixture
+def tiny_course(tmp_path) -> Path:
+    """A folder whose lock pins one package: a uv that writes down what it is asked; its wheel lies in source/."""
+    wheel = tmp_path / "source" / "uv-1.0-py3-none-any.whl"
+    wheel.parent.mkdir()
+    with zipfile.ZipFile(wheel, "w") as archive:
+        script = zipfile.ZipInfo("uv-1.0.data/scripts/uv")
+        script.external_attr = 0o100755 << 16  # a file that may be executed
+        archive.writestr(script, SAYS_WHAT_IT_IS_ASKED)
+        archive.writestr("uv-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: uv\nVersion: 1.0\n")
+        archive.writestr("uv-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr("uv-1.0.dist-info/RECORD", "")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    (tmp_path / "requirements.lock").write_text(f"uv==1.0 \\\n    --hash=sha256:{digest}\n", encoding="utf-8")
+    (tmp_path / "pyproject.toml").touch()
+    return tmp_path
+
+
+@makes
+def test_a_wheelhouse_is_whole_or_not_there_and_then_takes_the_place_of_the_network(tiny_course):
+    source, wheelhouse, uv = (tiny_course / name for name in ("source", "wheelhouse", ".venv/bin/uv"))
+    assert "downloads" in make(tiny_course, ".venv/.uv", PIP_FIND_LINKS=str(source)).stdout
+    assert os.access(uv, os.X_OK)
+    done = make(tiny_course, "wheelhouse")
+    assert done.returncode != 0 and not wheelhouse.exists(), "the wheel is nowhere to be had"
+    done = make(tiny_course, "wheelhouse", PIP_FIND_LINKS=str(source))
+    assert done.returncode == 0 and "wheelhouse/ is complete" in done.stdout, done.stderr
+    assert not (tiny_course / "wheelhouse.part").exists()
+    (wheel,) = wheelhouse.iterdir()
+    content = wheel.read_bytes()
+
+    uv.unlink()
+    (tiny_course / ".venv" / ".uv").unlink()
+    wheel.write_bytes(content[:60] + bytes([content[60] ^ 1]) + content[61:])
+    done = make(tiny_course, ".venv/.ready")
+    assert done.returncode != 0 and "make wheelhouse" in done.stderr and not uv.exists(), "one bit is flipped"
+    assert hashlib.sha256(wheel.read_bytes()).hexdigest() in done.stderr and "downloads" not in done.stdout
+
+    wheel.write_bytes(content)
+    done = make(tiny_course, ".venv/.ready", FAILS="requirements.lock")
+    assert done.returncode != 0 and "make wheelhouse" in done.stderr and uv.exists()
+    assert not (tiny_course / ".venv" / ".ready").exists()
+    assert make(tiny_course, ".venv/.ready").returncode == 0
+    first, again, course = (tiny_course / "uv.log").read_text(encoding="utf-8").splitlines()
+    assert all("--no-index --find-links wheelhouse --require-hashes -r" in asked for asked in (first, again))
+    assert "--reinstall" in again and "-e ." in course
+
+
+@makes
+def test_the_audit_looks_up_every_pin_and_fails_if_one_of_them_fails(tmp_path):
+    shutil.copy(ROOT / "requirements.lock", tmp_path)
+    uv = tmp_path / ".venv" / "bin" / "uv"
+    uv.parent.mkdir(parents=True)
+    uv.write_text(SAYS_WHAT_IT_IS_ASKED, encoding="utf-8")
+    uv.chmod(0o755)
+    (tmp_path / ".venv" / ".uv").touch()
+
+    assert make(tmp_path, "audit").returncode == 0
+    done = make(tmp_path, "audit", FAILS="/2.txt")
+    assert done.returncode != 0 and "could not be looked up" in done.stderr
+    lists = sorted((tmp_path / "build" / "audit").iterdir())
+    asked = (tmp_path / "uv.log").read_text(encoding="utf-8").splitlines()
+    assert len(lists) > 1 and len(asked) == 2 * len(lists), "one failure does not hide the others"
+    assert all("--strict" in line for line in asked), "else what could not be looked up would pass"
+
+    looked_up = []
+    for path in lists:
+        stanzas = re.split(r"\n(?=\S)", path.read_text(encoding="utf-8").strip())
+        names = [stanza.split("==")[0] for stanza in stanzas]
+        assert len(names) == len(set(names)), path.name
+        looked_up += stanzas
+    assert sorted(looked_up) == sorted(re.sub(r" ;.*", r" \\", stanza, count=1) for stanza in lock_stanzas())
 
 
 def our_files() -> list[Path]:
