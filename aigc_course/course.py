@@ -64,7 +64,7 @@ def run_lesson(
     record, executed = out / "records" / f"{path.stem}.json", out / path.name
     record.parent.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
-    cell, error = [0], ""
+    cell, error = [0], ""  # papermill counts a cell that it injects
     start = time.perf_counter()
     with (
         patch.dict(os.environ, AIGC_RECORD_DIR=str(record.parent), AIGC_PROFILE=profile),
@@ -81,7 +81,9 @@ def run_lesson(
                 cwd=path.parent,
                 execution_timeout=cell_timeout,
                 extra_arguments=["--log-level=CRITICAL"],  # the kernel warns of its TCP ports at every start
-                on_cell_start=lambda cell_index, **_: cell.__setitem__(0, cell_index + 1),
+                on_cell_start=lambda cell_index, **_: cell.__setitem__(
+                    0, cell_index + (not given)
+                ),  # injected: one more
             )
         except PapermillExecutionError as failure:
             error = f"In [{failure.exec_count}]: {failure.ename}: {first_line(failure.evalue)}"

@@ -198,10 +198,13 @@ def _bands() -> dict[str, list[float]]:
     if os.environ.get("AIGC_BANDS") == "measure" or not path.is_file():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["profiles"].get(_ledger.profile, {})
+        measured = json.loads(path.read_text(encoding="utf-8"))["profiles"].get(_ledger.profile, {})
+        for values in measured.values():
+            band(values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         remedy = f"in the course's folder, run: git checkout -- data/bands/{path.name}"
         raise CourseError(f"{path}: expected the measured bands, found no such table ({error!r}); {remedy}") from error
+    return measured
 
 
 def _banded(figure: Figure, bands: dict[str, list[float]]) -> Figure:

@@ -29,22 +29,26 @@ def join() -> tuple[int, int]:
     if not dist.is_available():
         return 0, 1
     if not dist.is_initialized():
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ:
+        world, seconds = os.environ.get("WORLD_SIZE", ""), os.environ.get("AIGC_RANK_TIMEOUT", "600")
+        if not world.isdecimal() or int(world) < 2 or "RANK" not in os.environ:
             return 0, 1
-        seconds = os.environ.get("AIGC_RANK_TIMEOUT", "600")
         if not seconds.isdecimal() or int(seconds) < 1:
             raise CourseError(f"AIGC_RANK_TIMEOUT is {seconds!r}: set it to a whole number of seconds")
-        gpu = torch.cuda.is_available()
-        if gpu:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
-        _guarded(lambda: dist.init_process_group(backend, timeout=timedelta(seconds=int(seconds))))
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local < gpus:
+            torch.cuda.set_device(local)
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")  # or NCCL ends the process when another one is lost
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(seconds=int(seconds)))
+        except (RuntimeError, ValueError) as error:
+            found = f"rank {os.environ['RANK']} has not met the other ranks ({first_line(error)})"
+            raise RankError(f"{found}: start all {world} of them, by torchrun") from error
         atexit.register(leave)
     return dist.get_rank(), dist.get_world_size()
 
 
 def leave() -> None:
-    """Leave the group that ``join`` joined."""
+    """Leave the group, if this process is in one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -63,7 +67,7 @@ def largest(value: int) -> int:
     """The largest of the numbers that the ranks call this with."""
     if not (dist.is_available() and dist.is_initialized()):
         return value
-    tensor = torch.tensor(value)
+    tensor = torch.tensor(value, device=_wire(torch.device("cpu")))
     _guarded(lambda: dist.all_reduce(tensor, op=dist.ReduceOp.MAX))
     return int(tensor)
 
@@ -84,19 +88,23 @@ def alike(facts: dict) -> None:
 
 
 def on_first(task: Callable[[], T]) -> T:
-    """Run ``task`` on rank 0 alone; every rank waits, and returns what it returned or raises the error it raised."""
+    """Run ``task`` on rank 0 alone; every rank waits, and returns what it returned or raises the error it raised.
+
+    Of errors that are no ``CourseError`` the other ranks are told in a ``RankError``.
+    """
     rank, world = join()
     if world == 1:
         return task()
-    answer: list = [None, None]
+    answer, mine = [None, None], None
     if rank == 0:
         try:
             answer[0] = task()
-        except CourseError as error:
-            answer[1] = error
+        except Exception as error:
+            mine, told = error, f"rank 0 ended with {type(error).__name__}: {first_line(error)}"
+            answer[1] = error if isinstance(error, CourseError) else RankError(told)
     _guarded(lambda: dist.broadcast_object_list(answer, src=0))
-    if answer[1] is not None:
-        raise answer[1]
+    if error := mine or answer[1]:
+        raise error
     return answer[0]
 
 
@@ -107,6 +115,7 @@ def _exchange(tensors: list[Tensor], message: Callable[[Tensor], object], divide
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         some = [tensor for tensor in tensors if tensor.dtype == dtype]
         flat = torch.cat([tensor.reshape(-1) for tensor in some])
+        flat = flat.to(_wire(flat.device))
         _guarded(lambda flat=flat: message(flat))
         if divide:
             flat /= dist.get_world_size()
@@ -114,13 +123,24 @@ def _exchange(tensors: list[Tensor], message: Callable[[Tensor], object], divide
             tensor.copy_(part.view(tensor.shape))
 
 
+def _wire(device: torch.device) -> torch.device:
+    """Where a message from ``device`` has to lie: NCCL sends from GPUs alone, gloo not from every kind of them."""
+    kinds = [pair.split(":")[0] for pair in str(dist.get_backend_config()).split(",")]
+    return device if device.type in kinds else torch.device("cpu" if "cpu" in kinds else "cuda")
+
+
 def _guarded(call: Callable[[], object]) -> None:
     try:
         call()
     except RuntimeError as error:  # what gloo and NCCL raise when another process ends, or does not answer in time
-        rank = os.environ.get("RANK", "?")
-        reason = (str(error).splitlines() or [""])[0]
+        late = "imed out" in str(error) or "imeout" in str(error)
+        slow = " (if one of them was only slow, with a larger AIGC_RANK_TIMEOUT)" if late else ""
         raise RankError(
-            f"rank {rank} has lost the other ranks ({reason}): look for the first error above, then start all of "
-            "them again; the run goes on from its last checkpoint"
+            f"rank {dist.get_rank()} has lost the other ranks ({first_line(error)}): look for the first error above, "
+            f"then start all of them again{slow}; the run goes on from its last checkpoint"
         ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import operator
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,27 +38,30 @@ def run_dir(name: str) -> Path:
 def only_process(folder: Path) -> Iterator[None]:
     """Hold ``folder`` for this process: no other one that asks gets it meanwhile, and a killed one lets go of it.
 
-    Raises ``CourseError`` if another holds it. Where nothing can be written there is nothing to hold.
+    Raises ``CourseError`` if another holds it. Where nothing can be written there is nothing to hold; a disk that
+    knows no locks is warned of.
     """
-    path = folder / ".lock"
-    lock = filelock.FileLock(path)
+    path, told = folder / ".lock", folder / ".lock.pid"
+    lock = filelock.FileLock(path, is_singleton=True)  # a process that holds it may ask again
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except filelock.Timeout:
         holder = ""
         with contextlib.suppress(OSError, ValueError):
-            holder = f" (process {int(path.read_text(encoding='utf-8'))})"
+            holder = f" (process {int(told.read_text(encoding='utf-8'))})"
         raise CourseError(
             f"{folder} is in use by another process{holder}, a second kernel with this lesson perhaps: wait until it "
             "ends or stop it, or choose another folder"
         ) from None
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC):
-            raise
+    except (OSError, NotImplementedError) as error:
+        # what cannot be written to is told when something is written; the rest are disks without locks
+        silent = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC)
+        if getattr(error, "errno", None) not in silent:
+            warnings.warn(f"{folder} cannot be locked ({error}): see that no second process uses it", stacklevel=3)
     else:
         with contextlib.suppress(OSError):  # for the message above
-            path.write_text(str(os.getpid()), encoding="utf-8")
+            told.write_text(str(os.getpid()), encoding="utf-8")
     try:
         yield
     finally:
@@ -91,6 +95,9 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
+    if device.type == "cuda" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ and not available["cuda"]:
+        n = torch.cuda.device_count()
+        raise CourseError(f"this machine has {n} GPUs and more ranks: start {n} with --nproc_per_node, or use the CPU")
     if not available.get(device.type, False):
         raise CourseError(f"this machine has no device {str(device)!r}: set DEVICE to 'auto' or 'cpu'")
     return device

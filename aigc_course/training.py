@@ -64,14 +64,18 @@ def fit(
 
     ``on_log(step, figures)`` gets each figure's mean over the last ``config.log_every`` steps.
 
-    Started by torchrun, each process takes its share of every batch, and all end with equal parameters. ``out``,
-    ``on_log`` and the progress are those of rank 0, whose buffers (BatchNorm's statistics) are the ones that are saved.
+    Started by torchrun, each process takes its share of every batch, and all end with equal parameters. Call ``fit``
+    alike on every rank, with a step that returns the same figures and reaches the same parameters; their means over the
+    ranks are what is recorded and followed. Rank 0 alone writes to ``out`` and calls ``on_log``; its buffers
+    (BatchNorm's statistics) are saved, and on resuming all ranks take them over.
 
     Raises ``NotFiniteError`` at the first loss or gradient that is not finite, before it changes a parameter, and
     ``CourseError`` if ``out`` holds a run of another configuration or other data, or another process is using it, or
     if the data do not fill one batch.
     """
     rank, world = ranks.join()
+    rows = len(data) if isinstance(data, Data) else None
+    ranks.alike({"rows": rows, "an out": out is not None, "an on_log": on_log is not None, "config": asdict(config)})
     folder = Path(out).expanduser().absolute() if out is not None else None
     with ExitStack() as held:
         if folder is not None:
@@ -122,7 +126,7 @@ def _run(step, state: TrainState, data: Data, config: TrainConfig, out: Path | N
                     if rank == 0:
                         progress.update(state.step_count, means)
                     if on_log is not None:
-                        ranks.on_first(partial(on_log, state.step_count, means))
+                        ranks.on_first(lambda means=means: on_log(state.step_count, means) and None)
                 if folder is not None and state.step_count % config.checkpoint_every == 0:
                     _record(state, pending)
                     saved = _save(state, folder, facts, config.keep)
@@ -160,7 +164,10 @@ def _record(state: TrainState, pending: list[dict[str, Tensor | float]], alone: 
     NaN stands where a figure is missing. ``alone`` leaves out the other ranks.
     """
     n, before = len(pending), state.step_count - len(pending)
-    for name in dict.fromkeys([*state.history, *(key for figures in pending for key in figures)]):
+    names = list(dict.fromkeys([*state.history, *(key for figures in pending for key in figures)]))
+    if n and not alone:
+        ranks.alike({"figures": names})
+    for name in names:
         values = [figures.get(name, math.nan) for figures in pending]
         if all(isinstance(value, Tensor) for value in values) and n:
             values = torch.stack(values).tolist()
@@ -203,6 +210,7 @@ def _resume(state: TrainState, folder: Path, facts: dict) -> bool:
 
 def _newest(state: TrainState, folder: Path, facts: dict) -> checkpoints.Checkpoint | None:
     """The newest valid checkpoint, once it is found to be one of this very run; what a killed one left is swept."""
+    checkpoints.recover(folder.parent / "model")
     for place in (folder, folder.parent, folder.parent / "model"):
         checkpoints.sweep(place)
     found = checkpoints.newest_valid(folder)
@@ -211,6 +219,9 @@ def _newest(state: TrainState, folder: Path, facts: dict) -> checkpoints.Checkpo
     then, now = found.card, json.loads(json.dumps(facts))
     remedy = f"choose another out, or delete {folder.parent}"
     for name in now:
+        if name == "world" and then.get(name) != now[name]:
+            wanted = f"start as many as before, {remedy}"
+            raise CourseError(f"{folder.parent} holds a run of {then.get(name)} processes, not {now[name]}: {wanted}")
         if then.get(name) != now[name] and name not in (*FREE, *TOLD):
             raise CourseError(f"{folder.parent} holds a run with {name} {then.get(name)}, not {now[name]}: {remedy}")
     step, steps = then["step"], now["steps"]
@@ -249,7 +260,8 @@ def _signals_held() -> Iterator[list[int]]:
 
     def hold(number, frame):
         arrived.append(number)
-        signal.signal(number, before[number])
+        if number == signal.SIGINT:  # torchrun and Slurm may both send a SIGTERM
+            signal.signal(number, before[number])
 
     # A signal that is ignored, as Ctrl-C is in a background job, stays ignored.
     held = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]

@@ -101,6 +101,7 @@ def test_a_run_killed_while_it_saved_the_model_goes_on(few_texts, tmp_path, monk
     with pytest.raises(KeyboardInterrupt):
         recipe.train(tmp_path)
     monkeypatch.setattr(GPT2, "save_pretrained", real)
+    assert len(checkpoints.read_card(tmp_path / "model")["curve"]) == 1 and recipe.load(tmp_path), "the first best one"
     language = recipe.train(tmp_path)
     curve = checkpoints.read_card(tmp_path / "model")["curve"]
     assert recipes.held_out_bits(*language, POEMS["valid"]) == pytest.approx(min(p["valid"] for p in curve), rel=1e-6)

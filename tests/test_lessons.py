@@ -160,7 +160,10 @@ def test_figures_and_bands_must_match(course, monkeypatch):
     finish()
 
 
-@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", '{"profiles": 1}', "<html>"])
+ODD = '{"profiles": {"quick": {"distance": [1.0]}}}'
+
+
+@pytest.mark.parametrize("content", ["", "[" * 100_000, "[]", '{"profiles": 1}', "<html>", ODD])
 def test_damaged_bands_are_named(course, content):
     begin(LESSON, "quick")
     path = course / "data" / "bands" / f"{LESSON}.json"

@@ -430,13 +430,13 @@ def test_the_figures_tell_digits_from_noise_and_from_half_of_the_digits(few_digi
 @pytest.mark.parametrize("name", ["gmm", "vae2d", "gan", "classifier"])
 def test_a_model_of_another_profile_is_neither_read_nor_overwritten(few_images, few_digits, tmp_path, name):
     recipes.build(name, "quick", device="cpu").train(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*")}
     full = recipes.build(name, "full", device="cpu")
     for call in (full.train, full.load):
         with pytest.raises(CourseError, match="profile quick, not full: add --profile quick") as caught:
             call(tmp_path)
         assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("[!.]*")} == before
 
 
 @pytest.fixture

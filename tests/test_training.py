@@ -489,7 +489,7 @@ def test_a_run_folder_is_one_process_s_at_a_time(tmp_path, ending):
     assert (
         message.startswith(f"{tmp_path} is in use by another process (process {process.pid})") and "\n" not in message
     )
-    assert {path.name for path in tmp_path.iterdir()} == {".lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", ".lock.pid"}
     ours.send("let go") if ending == "lets go" else process.kill()
     process.join()
     resumed = fit(denoise_step, new_state(), DATA, config(), out=tmp_path)

@@ -17,27 +17,38 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from ..runtime import pick_device
-from .disk import CheckpointError, CheckpointMismatch, FolderLike, fault, sync, writable, write_atomically
+from .disk import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointMismatch,
+    FolderLike,
+    fault,
+    recover,
+    replaced,
+    sync,
+    writable,
+    write_atomically,
+)
+from .headers import check_header
 
 __all__ = [
     "MANIFEST", "Checkpoint", "CheckpointError", "CheckpointMismatch", "CheckpointWarning", "check_header", "load",
-    "newest_valid", "prune", "read_card", "save", "seal", "step_folder", "sweep", "writable", "write_atomically",
+    "newest_valid", "prune", "read_card", "recover", "replaced", "save", "seal", "step_folder", "sweep", "writable",
+    "write_atomically",
 ]  # fmt: skip
-MANIFEST, FORMAT = "manifest.json", "aigc-course checkpoint, version 1"
+FORMAT = "aigc-course checkpoint, version 1"
 SEALED = "aigc-course sealed folder, version 1"
 SUFFIXES = {"weights": ".safetensors", "training": ".pt"}
 OURS = re.compile(
     r"(weights-[0-9a-f]{12}\.safetensors|training-[0-9a-f]{12}\.pt)(\.tmp)?"
     r"|((manifest|config|history)\.json|model\.safetensors)\.tmp"
 )
-MAX_HEADER = 10**6  # bytes of a safetensors file that name its tensors: fifteen times those of the largest GPT-2
 PLAIN = (type(None), bool, int, float, str)  # exact types: a numpy float is a float too, yet does not load again
 RELOAD = "load an older checkpoint, fetch this one again, or train again"
 
@@ -217,17 +228,6 @@ def sweep(folder: FolderLike) -> list[Path]:
     return removed
 
 
-def check_header(file: io.BufferedIOBase) -> None:
-    """Raise ``ValueError`` for a header that safetensors would read: one of over 1 MB, or one that names a thing twice.
-
-    ``file`` stands at its beginning. Whatever else may be wrong with it, safetensors finds.
-    """
-    size = int.from_bytes(file.read(8), "little")
-    if size > MAX_HEADER:
-        raise ValueError(f"a header of {size:,} bytes")
-    json.loads(file.read(size), object_pairs_hook=_each_once)
-
-
 def _orphans(place: Path, *, step: bool) -> list[Path]:
     """The files in ``place`` that belong to no checkpoint; all of ours, if it is a step folder without a manifest."""
     ours = [path for path in sorted(place.iterdir()) if OURS.fullmatch(path.name)]
@@ -238,13 +238,6 @@ def _orphans(place: Path, *, step: bool) -> list[Path]:
     elif step:
         named = set()
     return [path for path in ours if path.suffix == ".tmp" or (named is not None and path.name not in named)]
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{max(names, key=names.count)!r} twice")
-    return dict(pairs)
 
 
 def _steps(folder: FolderLike) -> list[Path]:

@@ -5,11 +5,13 @@ import errno
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from ..runtime import CourseError
 
 FolderLike = str | os.PathLike
+MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -61,6 +63,42 @@ def writable(folder: FolderLike, setting: str) -> Path:
     except OSError as error:
         raise fault(folder, "a folder to write to", error.strerror, f"choose another by {setting}") from error
     return folder
+
+
+@contextlib.contextmanager
+def replaced(folder: FolderLike) -> Iterator[Path]:
+    """Yields an empty folder, to be filled and sealed, which then takes the place of ``folder``, whole or not at all.
+
+    A process that is killed meanwhile leaves the old folder or the new one, once ``recover`` has been called.
+    """
+    folder = Path(folder)
+    recover(folder)
+    new, old = _beside(folder)
+    new.mkdir(parents=True)
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: FolderLike) -> None:
+    """End what a killed process began with ``replaced``; call it only while no other process writes there."""
+    folder = Path(folder)
+    for spare in _beside(folder):
+        if (spare / MANIFEST).exists() and not (folder / MANIFEST).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            os.rename(spare, folder)
+        shutil.rmtree(spare, ignore_errors=True)
+
+
+def _beside(folder: Path) -> tuple[Path, Path]:
+    return folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
 
 
 def fault(path: Path, expected: str, found: object, remedy: str, kind: type = CheckpointError) -> CheckpointError:

@@ -1,12 +1,15 @@
 """The only place where a family meets its data: ``build(name, profile)`` is what ``aigc train`` and the lessons run."""
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoints
+from .. import checkpoints, ranks
 from ..datasets import FileCheck
-from ..runtime import CourseError, pick_device, pick_profile
+from ..runtime import CourseError, only_process, pick_device, pick_profile
 from .adversarial import GANS, Plan, gan_plan, gan_recipe
 from .judge import CLASSIFIERS, DigitFigures, classifier, digit_figures, mnist_features
 from .language import (
@@ -80,7 +83,16 @@ def build(name: str, profile: str | None = None, *, seed: int = 0, device: str =
     """The recipe called ``name`` at ``profile``, "quick" or "full". Raises ``CourseError`` for a name that is none."""
     if name not in RECIPES:
         raise CourseError(f"there is no recipe {name!r}: choose from {', '.join(NAMES)}")
-    return RECIPES[name](pick_profile(profile), seed, pick_device(device))
+    recipe = RECIPES[name](pick_profile(profile), seed, pick_device(device))
+
+    def train(out: Path | None = None, on_log: Callable[[int, dict[str, float]], None] | None = None) -> Any:
+        with ExitStack() as held:
+            if out is not None:  # until the model is saved, too
+                folder = Path(out).expanduser().absolute()
+                ranks.on_first(lambda: held.enter_context(only_process(folder)))
+            return recipe.train(out, on_log)
+
+    return replace(recipe, train=train)
 
 
 def load_pretrained(name: str, *, device: str = "auto") -> Any:

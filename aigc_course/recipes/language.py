@@ -2,6 +2,7 @@
 
 import copy
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -190,11 +191,10 @@ class _Keeper:
         self.seen = texts(name, "train")[:: 20 if name == "tang" else 40]  # as much text, to see what is memorised
         self.curve: list[dict[str, float]] = []
         self.weights: dict[str, Tensor] = {}
-        # a run taken up again; one that was killed while it saved the model starts its curve anew
-        if folder is not None and (folder / checkpoints.MANIFEST).exists():
-            self.curve = checkpoints.read_card(folder)["curve"]
 
     def score(self, step: int) -> dict[str, float]:
+        if not self.curve and self.folder is not None and (self.folder / checkpoints.MANIFEST).exists():
+            self.curve = checkpoints.read_card(self.folder)["curve"]  # a run taken up again
         self.curve = [point for point in self.curve if point["step"] < step]
         bits = {
             part: held_out_bits(self.plan.model, self.plan.tokenizer, some)
@@ -208,16 +208,18 @@ class _Keeper:
         return {f"{part} bits": value for part, value in bits.items()}
 
     def save(self) -> None:
-        """The best model so far and the curve up to now; the manifest comes last."""
-        (self.folder / checkpoints.MANIFEST).unlink(missing_ok=True)  # first: half a save must not look like a model
-        if self.weights:
-            model = copy.deepcopy(self.plan.model)
-            model.load_state_dict(self.weights)
-            model.save_pretrained(self.folder)
-            self.plan.tokenizer.save(self.folder)
+        """The best model so far and the curve up to now, in place of what was there."""
         best = min(self.curve, key=lambda point: point["valid"])
         figures = {"held-out bits per character": best["valid"], "at step": best["step"]}
-        checkpoints.seal(self.folder, {**self.facts, "figures": figures, "curve": self.curve})
+        with checkpoints.replaced(self.folder) as new:
+            if self.weights:
+                model = copy.deepcopy(self.plan.model)
+                model.load_state_dict(self.weights)
+                model.save_pretrained(new)
+                self.plan.tokenizer.save(new)
+            else:  # a run taken up again whose best model is the one that it had saved
+                shutil.copytree(self.folder, new, dirs_exist_ok=True)
+            checkpoints.seal(new, {**self.facts, "figures": figures, "curve": self.curve})
 
     def best(self, device: torch.device) -> LanguageModel:
         model = copy.deepcopy(self.plan.model)
@@ -242,7 +244,16 @@ def language_recipe(name: str, profile: str, seed: int, device: torch.device) ->
                 on_log(step, figures)
 
         fit(plan.step, plan.state, plan.data, plan.config, out=out, on_log=log)
-        return restore(folder) if folder is not None and ranks.join()[0] == 0 else keeper.best(device)
+
+        def kept() -> LanguageModel:
+            return restore(folder) if folder is not None else keeper.best(device)
+
+        if ranks.join()[1] == 1:
+            return kept()
+        plan.model.load_state_dict(
+            ranks.on_first(lambda: {key: value.cpu() for key, value in kept().model.state_dict().items()})
+        )
+        return LanguageModel(plan.model.eval(), plan.tokenizer)
 
     restore = partial(restore_language, device=device)
     return Recipe(name=name, profile=profile, train=train, restore=restore, sample=sample_texts, device=device)

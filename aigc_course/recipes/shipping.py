@@ -1,5 +1,6 @@
 """What a trained language model is shipped with: measured figures, and a model card for people."""
 
+import shutil
 from pathlib import Path
 from statistics import mean
 
@@ -74,13 +75,11 @@ def ship_language(name: str, model: Path, folder: Path) -> Path:
     """Copy the folder of a trained model to where the course ships it, with its figures and its model card."""
     language = restore_language(model, torch.device("cpu"))
     facts = {**checkpoints.read_card(model), "figures": measured(name, language)}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / checkpoints.MANIFEST).unlink(missing_ok=True)  # first: half a copy must not look like a model
-    for path in sorted(model.iterdir()):
-        if path.name not in (checkpoints.MANIFEST, "README.md"):
-            checkpoints.write_atomically(folder / path.name, path.read_bytes())
-    checkpoints.write_atomically(folder / "README.md", model_card(name, language, facts).encode("utf-8"))
-    return checkpoints.seal(folder, facts)
+    with checkpoints.replaced(folder) as new:
+        shutil.copytree(model, new, dirs_exist_ok=True)
+        checkpoints.write_atomically(new / "README.md", model_card(name, language, facts).encode("utf-8"))
+        checkpoints.seal(new, facts)
+    return folder
 
 
 def model_card(name: str, language: LanguageModel, facts: dict) -> str:
