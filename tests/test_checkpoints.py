@@ -265,7 +265,7 @@ class Bomb:
         self.path = path
 
     def __reduce__(self):
-        return open, (str(self.path), "w")
+        return open, (str(self.path), "wb")
 
 
 def bomb(folder: Path, protocol: int = 2) -> bytes:

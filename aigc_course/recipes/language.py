@@ -2,7 +2,6 @@
 
 import copy
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -218,7 +217,8 @@ class _Keeper:
                 model.save_pretrained(new)
                 self.plan.tokenizer.save(new)
             else:  # a run taken up again whose best model is the one that it had saved
-                shutil.copytree(self.folder, new, dirs_exist_ok=True)
+                for path in self.folder.iterdir():
+                    checkpoints.write_atomically(new / path.name, path.read_bytes())
             checkpoints.seal(new, {**self.facts, "figures": figures, "curve": self.curve})
 
     def best(self, device: torch.device) -> LanguageModel:

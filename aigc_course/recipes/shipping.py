@@ -1,6 +1,5 @@
 """What a trained language model is shipped with: measured figures, and a model card for people."""
 
-import shutil
 from pathlib import Path
 from statistics import mean
 
@@ -76,7 +75,8 @@ def ship_language(name: str, model: Path, folder: Path) -> Path:
     language = restore_language(model, torch.device("cpu"))
     facts = {**checkpoints.read_card(model), "figures": measured(name, language)}
     with checkpoints.replaced(folder) as new:
-        shutil.copytree(model, new, dirs_exist_ok=True)
+        for path in model.iterdir():
+            checkpoints.write_atomically(new / path.name, path.read_bytes())
         checkpoints.write_atomically(new / "README.md", model_card(name, language, facts).encode("utf-8"))
         checkpoints.seal(new, facts)
     return folder

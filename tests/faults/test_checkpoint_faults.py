@@ -1,6 +1,7 @@
 """Processes that are killed while they save a checkpoint."""
 
 import itertools
+import json
 import os
 import random
 import shutil
@@ -8,16 +9,20 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import safetensors.torch
 import torch
 
-from aigc_course import checkpoints
-from aigc_course.checkpoints import CheckpointError, CheckpointWarning, newest_valid, save, step_folder
+from aigc_course import checkpoints, training
+from aigc_course.checkpoints import CheckpointWarning, newest_valid, save
+from aigc_course.gpt2 import GPT2, GPT2Config
+from aigc_course.recipes import language
 from aigc_course.runtime import rng_for
 from aigc_course.state import TrainConfig, TrainState
+from aigc_course.tokenizer import Tokenizer
 from aigc_course.training import fit
 from faults import workers
 
@@ -50,11 +55,15 @@ def notes(log: Path, word: str) -> list[tuple[int, float]]:
 def save_steps(log: Path, run: Path, first: int) -> None:
     """Worker: what ``fit`` does at a checkpoint, over and over."""
     for step in itertools.count(first):
-        made = content(step)
+        made, history = content(step), {"loss": [float(step)] * 1000}
+        state = SimpleNamespace(
+            step_count=step,
+            history=history,
+            weights=partial(made.get, "weights"),
+            training=partial(made.get, "training"),
+        )
         note(log, "begin", step)
-        save(step_folder(run / "checkpoints", step), **made)
-        checkpoints.prune(run / "checkpoints", keep=2)
-        checkpoints.write_atomically(run / "history.json", b"[]")
+        training._write(state, run / "checkpoints", made["card"], keep=2)
         note(log, "done", step)
 
 
@@ -68,14 +77,18 @@ def save_again(log: Path, run: Path, first: int) -> None:
 
 
 def seal_again(log: Path, run: Path, first: int) -> None:
-    """Worker: what a language model's run does each time that it scored best."""
+    """Worker: what a language model's run does when it is scored; every second time it is the best so far."""
+    sys.addaudithook(lambda event, _: time.sleep(0.002) if event == "os.rename" else None)  # time to kill between two
+    keeper = object.__new__(language._Keeper)  # its own __init__ reads the poems
+    model = GPT2(GPT2Config(vocab_size=260, block_size=8, n_layer=2, n_head=2, n_embd=128), rng_for("sealed"))
+    keeper.plan = SimpleNamespace(model=model, tokenizer=Tokenizer.train(["to be or not to be"], 260))
+    keeper.folder, keeper.facts = run / "model", {}
     for step in itertools.count(first):
-        data = safetensors.torch.save(content(step)["weights"])
+        best = step - step % 2
+        keeper.curve = [{"step": best, "valid": 1.0}, {"step": step, "valid": 2.0}]
+        keeper.weights = {n: torch.full_like(t, best) for n, t in model.state_dict().items()} if step == best else {}
         note(log, "begin", step)
-        (run / checkpoints.MANIFEST).unlink(missing_ok=True)
-        checkpoints.write_atomically(run / "model.safetensors", data)
-        checkpoints.write_atomically(run / "config.json", b"{}")
-        checkpoints.seal(run, {"step": step})
+        keeper.save()
         note(log, "done", step)
 
 
@@ -103,19 +116,26 @@ def train(log: Path | None, run: Path | None, steps: int) -> torch.Tensor:
 def kill(rng: random.Random, target: Callable, log: Path, run: Path, number: int) -> tuple[int, int]:
     """Kill a worker in or near a save; returns the last step that it had reported as saved, and the last begun."""
     process = workers.start(target, log, run, number)
-    workers.wait_until(lambda: notes(log, "done"))
-    seen = len(notes(log, "begin")) + rng.randrange(2)
-    workers.wait_until(lambda: len(notes(log, "begin")) > seen, every=0.0005)
-    (_, begun), (_, done) = notes(log, "begin")[0], notes(log, "done")[0]
-    if target is train:
-        begun, done = (when for _, when in notes(log, "begin")[:2])
-    if rng.random() < 0.6:  # most of a save is packing; here the disk is being written
-        workers.wait_until(lambda: any(name.endswith(".tmp") for *_, names in os.walk(run) for name in names), every=0)
-        time.sleep(rng.uniform(0, 0.02))
-    else:
-        time.sleep(rng.uniform(0, 1) * (done - begun))
-    process.kill()
-    process.join()
+    try:
+        workers.wait_until(lambda: notes(log, "done"))
+        seen = len(notes(log, "begin")) + rng.randrange(2)
+        workers.wait_until(lambda: len(notes(log, "begin")) > seen, every=0.0005)
+        (_, begun), (_, done) = notes(log, "begin")[0], notes(log, "done")[0]
+        if target is train:
+            begun, done = (when for _, when in notes(log, "begin")[:2])
+        if target is seal_again and (number % 200 or rng.random() < 0.5):  # one folder takes the place of the other
+            swap = run / "model.old" if number % 200 else run / "model.new" / checkpoints.MANIFEST
+            workers.wait_until(swap.exists, every=0)
+        elif rng.random() < 0.6:  # most of a save is packing; here the disk is being written
+            workers.wait_until(
+                lambda: any(name.endswith(".tmp") for *_, names in os.walk(run) for name in names), every=0
+            )
+            time.sleep(rng.uniform(0, 0.02))
+        else:
+            time.sleep(rng.uniform(0, 1) * (done - begun))
+    finally:
+        process.kill()
+        process.join()
     assert process.exitcode == -9
     return notes(log, "done")[-1][0], notes(log, "begin")[-1][0]
 
@@ -130,18 +150,16 @@ def strays(run: Path) -> list[Path]:
     return found
 
 
-def check_steps(run: Path, saved: int, sweep: bool) -> bool:
+def check_steps(run: Path, saved: int) -> bool:
     """The last step that was reported is there, or one after it; returns whether the kill left something half done."""
     folder = run / "checkpoints"
     for name in ("mine.tmp", "weights-final.safetensors"):
         (folder / name).write_bytes(b"mine")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CheckpointWarning)
-        found = newest_valid(folder)
+    found = newest_valid_quietly(folder)
     assert found.card["step"] >= saved, f"step {saved} is lost"
     assert is_of(found, found.card["step"])
-    if not sweep:
-        return False
+    config, history = (json.loads((run / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "history"))
+    assert config["step"] >= found.card["step"] and history["loss"][-1] >= found.card["step"]
     removed = [*checkpoints.sweep(folder), *checkpoints.sweep(run)]
     assert not strays(run) and len(list(folder.glob("*"))) - 2 == len(list(folder.glob("step-*")))
     with warnings.catch_warnings():
@@ -159,28 +177,24 @@ def check_again(run: Path, saved: int) -> bool:
 
 
 def check_sealed(run: Path, saved: int) -> bool:
-    try:
-        step, half = checkpoints.read_card(run)["step"], False
-        assert step >= saved
-        assert safetensors.torch.load_file(run / "model.safetensors")["b"][0] == step
-    except CheckpointError:
-        assert not (run / checkpoints.MANIFEST).exists(), "a manifest stands for a whole model"
-        half = True
-    checkpoints.seal(run, {"step": 0})
-    checkpoints.sweep(run)
-    assert not strays(run) and checkpoints.read_card(run) == {"step": 0}
+    half = [path.name for path in run.iterdir()] != ["model"]
+    checkpoints.recover(run / "model")  # as ``fit`` does
+    card, found = checkpoints.read_card(run / "model"), language.restore_language(run / "model", torch.device("cpu"))
+    assert card["curve"][-1]["step"] >= saved, f"the model of step {saved} is lost"
+    assert all((p == card["figures"]["at step"]).all() for p in found.model.parameters())
+    assert [path.name for path in run.iterdir()] == ["model"] and not strays(run)
     return half
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
 @pytest.mark.fault("1")
 def test_a_process_is_killed_while_it_saves(fault, tmp_path):
-    """Of ten kills six hit the saving of steps, two one checkpoint in place of another, one a sealing, one ``fit``."""
+    """Of ten kills five hit the saving of steps, two one checkpoint in place of another, two a sealing, one ``fit``."""
     inside = half = 0
-    steps = 12
+    steps = 40  # that a kill comes before the last
     undisturbed = workers.run(train, None, None, steps).value
     for i in range(fault.n):
-        kind = [*[save_steps] * 6, save_again, save_again, seal_again, train][i % 10]
+        kind = [*[save_steps] * 5, *[save_again] * 2, *[seal_again] * 2, train][i % 10]
         chain = tmp_path / f"{i // 10}" / kind.__name__  # the next worker starts where the last one was killed
         chain.mkdir(parents=True, exist_ok=True)
         log = tmp_path / f"{i}.log"
@@ -191,17 +205,17 @@ def test_a_process_is_killed_while_it_saves(fault, tmp_path):
                 half += any(chain.rglob("*.tmp")) or any(not any(p.glob("manifest*")) for p in chain.glob("*/step-*"))
                 found = newest_valid_quietly(chain / "checkpoints")
                 assert found.card["step"] >= saved, f"step {saved} is lost"
-                ended = workers.run(train, None, chain, steps)
+                ended = workers.run(train, again := tmp_path / f"{i}.again.log", chain, steps)
                 assert (ended.value == undisturbed).all(), f"{ended.error} {ended.message}"
+                assert [step for step, _ in notes(again, "begin")] == [*range(found.card["step"], steps)]
                 assert not strays(chain)
-            elif kind is save_steps:
-                half += check_steps(chain, saved, sweep=i % 2 == 0)
             else:
-                half += {save_again: check_again, seal_again: check_sealed}[kind](chain, saved)
+                check = {save_steps: check_steps, save_again: check_again, seal_again: check_sealed}[kind]
+                half += check(chain, saved)
         if i % 10 == 9:
             shutil.rmtree(chain.parent)
     print(f"{inside} of {fault.n - fault.n // 10} kills fell into a save, {half} are known to have left it half done")
-    assert inside >= fault.n // 2 and half >= fault.n // 20, (
+    assert inside >= fault.n // 2 and half >= max(1, fault.n // 20), (
         f"{inside} kills fell into a save, {half} left it half done"
     )
 

@@ -42,14 +42,16 @@ def listing(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def train(out: Path | None, steps: int) -> np.ndarray:
-    """A training that saves 6 kB at every step; returns the weights."""
+def train(out: Path | None, steps: int, taken: list[int] | None = None) -> np.ndarray:
+    """A training that saves 6 kB at every step; returns the weights, and adds to ``taken`` the steps that it takes."""
     net = torch.nn.Linear(20, 20)
     with torch.no_grad():
         for p in net.parameters():
             p.normal_(0, 0.1, generator=rng_for("weights"))
 
     def step(state, batch, rng):
+        if taken is not None:
+            taken.append(state.step_count)
         loss = (state.nets["net"](batch) + torch.randn(1, generator=rng)).square().mean()
         state.minimize("net", loss)
         return {"loss": loss}
@@ -116,15 +118,17 @@ def fill(disk: Path, kind: str, share: float) -> str:
 
 
 def fill_while_training(disk: Path, size: int) -> str:
-    """Worker: ``fit`` on a small disk, then on a larger one; it ends as if the disk had never been full."""
+    """Worker: ``fit`` on a small disk, then on a larger one; it goes on, and ends as if it had never been full."""
     small_disk(disk, size)
     message = clear_error(lambda: train(disk / "run", 12), kind=CheckpointError)
     missing_in(message)
     assert not list(disk.rglob("*.tmp")), "a temporary file is left"
     kept = newest_valid(disk / "run" / "checkpoints")
+    saved, taken = kept.card["step"] if kept is not None else 0, []
     small_disk(disk, 10**7, again=True)
-    assert np.array_equal(train(disk / "run", 12), train(None, 12))
-    return "fit" if kept is not None else "fit from the start"
+    assert np.array_equal(train(disk / "run", 12, taken), train(None, 12))
+    assert taken == [*range(saved, 12)], "what was saved is not gone on from"
+    return "fit" if saved else "fit from the start"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
@@ -132,8 +136,8 @@ def fill_while_training(disk: Path, size: int) -> str:
 def test_the_disk_fills_up(fault, tmp_path):
     """A real disk in memory, too small by a little or by much; every fourth time ``fit`` meets it."""
     probe = workers.run(small_disk, tmp_path / "probe", 10**6)
-    if probe.error == "PermissionError":
-        pytest.skip(f"this system lets nobody but root mount a tmpfs, not even in a namespace: {probe.message}")
+    if probe.error:
+        fault.skip(f"this system lets nobody but root mount a tmpfs, not even in a namespace: {probe.message}")
     cases = []
     for i in range(fault.n):
         (tmp_path / str(i)).mkdir()
@@ -274,7 +278,7 @@ def test_folders_are_read_only(fault, public):
     """As a user who is not root: what is there can be used, and what cannot be written names the setting that helps."""
     probe = workers.run(become_nobody)
     if probe.error:
-        pytest.skip(f"another user cannot read the course's own folder: {probe.message}")
+        fault.skip(f"another user cannot read the course's own folder: {probe.message}")
     for i, (case, named) in list(enumerate(READ_ONLY.items()))[: fault.n]:
         how, what = case.split(" ", 1)
         folder = public / str(i)
@@ -283,7 +287,7 @@ def test_folders_are_read_only(fault, public):
         elif what == "models":
             shutil.copytree(course_dir() / "data" / "checkpoints", folder)
         elif "run" in what:
-            workers.run(train, folder, 3)
+            assert workers.run(train, folder, 3).code == 0
         with fault.case(case):
             outcome = workers.run({"reads": reads, "writes": writes}[how], what, read_only(folder))
             assert not outcome.error, f"{outcome.error}: {outcome.message}"

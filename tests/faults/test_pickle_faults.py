@@ -184,6 +184,22 @@ def in_place_of(name: str, *, instead: str = "", read: Callable = GPT2.from_pret
     return plant
 
 
+def in_place_of_weights(folder: Path, data: bytes):
+    """A file of any ending, and no other weights."""
+    shutil.copytree(folder.parent / "model", folder)
+    (folder / "model.safetensors").unlink()
+    names = [f"{stem}.{ending}" for stem in ("pytorch_model", "model") for ending in LITTER]
+    return lambda: each_refused(folder, names, data, GPT2.from_pretrained), None
+
+
+def each_refused(folder: Path, names: list[str], data: bytes, read: Callable) -> None:
+    """One error for each name that ``data`` has in ``folder``, one at a time."""
+    for name in names:
+        (folder / name).write_bytes(data)
+        clear_error(lambda: read(folder), str(folder))
+        (folder / name).unlink()
+
+
 def in_shards(name: str):
     def plant(folder: Path, data: bytes):
         in_place_of(name, instead="model.safetensors")(folder, data)
@@ -214,8 +230,8 @@ def in_sealed(name: str):
     return plant
 
 
-def in_data(name: str, read: Callable[[Path], object], *, packed: bool = False, listed: bool = True):
-    """A data file; with a manifest of the reader's own that agrees if it is ``listed``."""
+def in_data(name: str, read: Callable[[Path], object], *, packed: bool = False, text: bool = False):
+    """A data file, with a manifest of the reader's own that agrees; one that is to be text is not run, and may load."""
 
     def plant(folder: Path, data: bytes):
         for path in {*datasets.MNIST_FILES[False], name} if name.startswith("mnist") else {name}:
@@ -224,10 +240,10 @@ def in_data(name: str, read: Callable[[Path], object], *, packed: bool = False, 
             (folder / path).write_bytes(stored)
             entry = {"bytes": len(stored), "sha256": hashlib.sha256(stored).hexdigest()}
             entry |= {"content_bytes": len(data), "content_sha256": hashlib.sha256(data).hexdigest()}
-            table = {path: entry} | (json.loads(old.read_text()) if (old := folder / "manifest.json").exists() else {})
-            if listed:
-                (folder / "manifest.json").write_text(json.dumps(table), encoding="utf-8")
-        return lambda: read(folder), Path(name).name
+            manifest = folder / "manifest.json"
+            table = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+            manifest.write_text(json.dumps({**table, path: entry}), encoding="utf-8")
+        return lambda: read(folder), None if text and data.isascii() else Path(name).name
 
     return plant
 
@@ -239,10 +255,11 @@ def in_recording(folder: Path, data: bytes):
     return lambda: experiments.recorded("vae_beta"), "vae_beta.json"
 
 
-def among_pictures(folder: Path, data: bytes):
-    (folder / "class").mkdir(parents=True)
-    (folder / "class" / "a.png").write_bytes(data)
-    return lambda: datasets.image_folder(folder), "a.png"
+def as_picture(folder: Path, data: bytes):
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    folder.mkdir()
+    return lambda: each_refused(folder, [f"a{ending}" for ending in IMG_EXTENSIONS], data, datasets.image_folder), None
 
 
 def mnist_test(root: Path) -> object:
@@ -255,7 +272,7 @@ PLACES = {
     "manifest": in_manifest,
     "the newest of two steps": in_newest_step,
     "beside a checkpoint": beside_checkpoint,
-    "pytorch_model.bin alone": in_place_of("pytorch_model.bin", instead="model.safetensors"),
+    "weights of any ending": in_place_of_weights,
     "pytorch_model.bin beside": in_place_of("pytorch_model.bin", ignored=True),
     "model.safetensors": in_place_of("model.safetensors"),
     "a shard, .bin": in_shards("pytorch_model-00001-of-00001.bin"),
@@ -267,9 +284,9 @@ PLACES = {
     "code of its own": with_code,
     "a sealed model": in_sealed("model.safetensors"),
     "MNIST, in the gzip": in_data("mnist/t10k-labels-idx1-ubyte.gz", mnist_test, packed=True),
-    "poems": in_data("poems/tang300.txt", lambda root: datasets.load_poems("tang300", root), listed=False),
+    "poems": in_data("poems/tang300.txt", lambda root: datasets.load_poems("tang300", root), text=True),
     "a recording": in_recording,
-    "a picture": among_pictures,
+    "a picture": as_picture,
 }
 
 

@@ -75,24 +75,25 @@ def texts(st):
     return some | st.lists(some, max_size=6).map("".join)
 
 
-def by_tiktoken(encode, text):
-    """The ids that ``encode`` gives; None where it fails, by a panic too, which is no ``Exception``."""
+def by_tiktoken(theirs, text, special, failed):
+    """The ids that tiktoken gives; None where it fails, by a panic too, which is no ``Exception``: ``failed`` grows."""
     try:
-        return encode(text)
+        return theirs.encode(text, allowed_special={END} if special else set(), disallowed_special=())
     except KeyboardInterrupt:
         raise
     except BaseException:
+        failed.add(text)
         return None
 
 
-def assert_same_tokens(ours, theirs, text):
+def assert_same_tokens(ours, theirs, text, failed):
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         clear_error(lambda: ours.encode(text), "surrogate", f"character {error.start},", kind=TokenizerError)
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # as the message says
-    for special, encode in (False, theirs.encode_ordinary), (True, lambda text: theirs.encode(text, {END})):
-        ids, expected = ours.encode(text, special=special), by_tiktoken(encode, text)
+    for special in (False, True):
+        ids, expected = ours.encode(text, special=special), by_tiktoken(theirs, text, special, failed)
         assert expected is None or ids == expected, "unlike tiktoken"
         assert ours.decode(ids) == text, "decoded to another text"
 
@@ -109,13 +110,13 @@ def test_every_text_is_encoded_as_tiktoken_does_and_comes_back(fault, monkeypatc
     files = [str(course_dir() / "data" / "gpt2-bpe" / name) for name in ("vocab.bpe", "encoder.json")]
     ranks = data_gym_to_mergeable_bpe_ranks(*files)
     theirs = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={END: len(ranks)})
-    ours, seen = Tokenizer.gpt2(), set()
+    ours, seen, failed = Tokenizer.gpt2(), set(), set()
     long = LONG if FULL else LONG[:2]
 
     def compare(text):
         seen.add(text)
         with fault.case(f"{text!a:.60}"):
-            assert_same_tokens(ours, theirs, text)
+            assert_same_tokens(ours, theirs, text, failed)
 
     for text in long:
         compare(text)
@@ -128,7 +129,8 @@ def test_every_text_is_encoded_as_tiktoken_does_and_comes_back(fault, monkeypatc
         suppress_health_check=list(HealthCheck),
     )
     every(given(texts(st))(compare))()
-    assert len(seen) > 0.9 * fault.n, "too many of the texts were the same"
+    assert len(seen) > 0.8 * fault.n, "too many of the texts were the same"
+    assert failed <= {LONG[0]}, "tiktoken failed where it is to be compared with"
 
 
 # ---- hostile prompts ----

@@ -48,10 +48,6 @@ def difference(first: list[str], second: list[str]) -> str:
     return "" if first == second else " | ".join(changed[:12]) or "longer or shorter"
 
 
-def names_the_cell_to_run(error: CellExecutionError) -> bool:
-    return bool(re.search(r"\brun\b.*\bcell\b|\bcell\b.*\brun\b", error.evalue))
-
-
 def run_each_cell_twice(path: Path, folder: Path) -> list[str]:
     """Where the second run of a cell differs from the first; the lesson must still end with a record that it passed."""
     notebook, found = nbformat.read(path, as_version=4), []
@@ -71,8 +67,7 @@ def run_each_cell_twice(path: Path, folder: Path) -> list[str]:
             try:
                 client.execute_cell(cell, index)
             except CellExecutionError as error:
-                if not names_the_cell_to_run(error):
-                    found.append(f"{cell.id}: {error.ename}: {error.evalue}")
+                found.append(f"{cell.id}: {error.ename}: {error.evalue}")
             else:
                 if changed := difference(first, shown(cell)):
                     found.append(f"{cell.id}: {changed}")
@@ -83,7 +78,8 @@ def run_each_cell_twice(path: Path, folder: Path) -> list[str]:
 @pytest.mark.fault("18")
 def test_a_cell_run_twice_shows_the_same_again(fault, tmp_path):
     with ThreadPoolExecutor(2) as pool:
-        runs = [(path, pool.submit(run_each_cell_twice, path, tmp_path / path.stem)) for path in LESSONS[: fault.n]]
+        longest_first = LESSONS[: fault.n][::-1]
+        runs = [(path, pool.submit(run_each_cell_twice, path, tmp_path / path.stem)) for path in longest_first]
         for path, run in runs:
             with fault.case(path.stem):
                 found = run.result()

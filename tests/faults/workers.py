@@ -1,17 +1,25 @@
 """Processes to be killed, starved or stopped: each is forked from one server that has torch loaded."""
 
+import functools
 import multiprocessing
 import os
 import pickle
-import socket
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any, NamedTuple
 
-_server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["faults.preload"])
+
+@functools.cache
+def _server() -> multiprocessing.context.BaseContext:
+    """Where the workers are forked from; made when the first is asked for, as Windows has none."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["faults.preload"])
+    return server
 
 
 class Outcome(NamedTuple):
@@ -25,26 +33,31 @@ class Outcome(NamedTuple):
 
 def start(target: Callable, *args: Any) -> BaseProcess:
     """Fork a worker that runs ``target(*args)``, a function of a test module; nothing of this process is inherited."""
-    process = _server.Process(target=target, args=args, daemon=True)
+    process = _server().Process(target=target, args=args, daemon=True)
     process.start()
     return process
 
 
 def run(target: Callable, *args: Any, timeout: float = 60) -> Outcome:
-    """The outcome of ``target(*args)`` in a worker; one that takes longer than ``timeout`` seconds is an error."""
-    ours, theirs = _server.Pipe(duplex=False)
+    """The outcome of ``target(*args)`` in a worker; that of one that takes over ``timeout`` seconds is an error."""
+    ours, theirs = _server().Pipe(duplex=False)
     process = start(_report, theirs, target, args)
     theirs.close()
     try:
         result = pickle.loads(ours.recv_bytes()) if ours.poll(timeout) else None
     except EOFError:  # it was killed
         result = ()
-    if result is None:
-        process.kill()
-        process.join()
-        raise TimeoutError(f"{target.__name__}{args} had not ended after {timeout} s")
+    code = _end(process, wait=0 if result is None else 10)
+    told = result if result is not None else (None, "TimeoutError", f"it had not ended after {timeout} s")
+    return Outcome(code, *told)
+
+
+def _end(process: BaseProcess, wait: float) -> int:
+    """The exit code of a process, which is killed if it has not ended after ``wait`` seconds."""
+    process.join(wait)
+    process.kill()
     process.join()
-    return Outcome(process.exitcode, *result)
+    return process.exitcode
 
 
 def run_each(target: Callable, cases: Iterable[tuple], *, timeout: float = 60, at_once: int = 2) -> Iterator[Outcome]:
@@ -64,6 +77,20 @@ def wait_until(condition: Callable[[], Any], timeout: float = 30, every: float =
     return found
 
 
+def growth(call: Callable[[], Any]) -> int:
+    """By how many bytes the memory of this process grew at the most while ``call`` ran, as Linux tells it."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is now what is in use
+    before, _ = _memory()
+    call()
+    return _memory()[1] - before
+
+
+def _memory() -> tuple[int, int]:
+    """The bytes of memory that this process holds, and the most that it ever held."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return tuple(1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1]) for name in ("VmRSS", "VmHWM"))
+
+
 def _report(pipe, target: Callable, args: tuple) -> None:
     try:
         result = (target(*args),)
@@ -72,36 +99,41 @@ def _report(pipe, target: Callable, args: tuple) -> None:
     pipe.send_bytes(pickle.dumps(result))  # by value: Connection.send shares a tensor's memory, which ends with us
 
 
-def start_ranks(target: Callable, *args: Any, world: int = 2, timeout: int = 60) -> list[tuple[BaseProcess, Any]]:
-    """Start ``target(*args)`` in ``world`` processes, as torchrun would, each with a pipe for its outcome."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+class Rank(NamedTuple):
+    """One of several processes that train as one, the pipe for its outcome, and the port that they meet at."""
+
+    process: BaseProcess
+    pipe: Connection
+    store: Any
+
+
+def start_ranks(target: Callable, *args: Any, world: int = 2, timeout: int = 60) -> list[Rank]:
+    """Start ``target(*args)`` in ``world`` processes, as torchrun would."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # a free port, held: none can take it
+    names = {"WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "AIGC_RANK_TIMEOUT": timeout}
+    names |= {"TORCHELASTIC_USE_AGENT_STORE": True, "TORCHELASTIC_RESTART_COUNT": 0}  # rank 0 opens no port of its own
     started = []
     for rank in range(world):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = {name: str(value) for name, value in {**names, "AIGC_RANK_TIMEOUT": timeout}.items()}
-        ours, theirs = _server.Pipe(duplex=False)
-        started.append((start(_report, theirs, _as_rank, (environment, target, args)), ours))
+        environment = {name: str(value) for name, value in {**names, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        ours, theirs = _server().Pipe(duplex=False)
+        started.append(Rank(start(_report, theirs, _as_rank, (environment, target, args)), ours, store))
         theirs.close()
     return started
 
 
-def end_ranks(started: list[tuple[BaseProcess, Any]], timeout: float = 60) -> list[Outcome | None]:
+def end_ranks(started: list[Rank], timeout: float = 60) -> list[Outcome | None]:
     """The outcome of each rank; None for one that has not ended within ``timeout`` seconds, which is killed."""
     end, outcomes = time.monotonic() + timeout, []
-    for _, pipe in started:
+    for rank in started:
         try:
-            result = pickle.loads(pipe.recv_bytes()) if pipe.poll(max(0.0, end - time.monotonic())) else None
+            result = pickle.loads(rank.pipe.recv_bytes()) if rank.pipe.poll(max(0.0, end - time.monotonic())) else None
         except EOFError:  # it was killed
             result = ()
         outcomes.append(result)
-    for process, _ in started:
-        process.join(5)
-        process.kill()
-        process.join()
-    ended = zip(started, outcomes, strict=True)
-    return [None if result is None else Outcome(process.exitcode, *result) for (process, _), result in ended]
+    codes = [_end(rank.process, 0 if result is None else 10) for rank, result in zip(started, outcomes, strict=True)]
+    return [None if result is None else Outcome(code, *result) for code, result in zip(codes, outcomes, strict=True)]
 
 
 def run_ranks(target: Callable, *args: Any, world: int = 2, timeout: int = 60) -> list[Outcome | None]:
