@@ -35,7 +35,7 @@ test: .venv/.ready ## lint and run every test
 	.venv/bin/python -m ruff check
 	.venv/bin/python -m pytest
 
-faults: .venv/.ready ## inject every fault as often as tests/faults/table.py says (20 minutes)
+faults: .venv/.ready ## inject every fault as often as tests/faults/table.py says (15 minutes)
 	AIGC_FAULTS=full .venv/bin/python -m pytest tests/faults
 
 notebooks: .venv/.ready ## for maintainers: execute the lessons and store them, with outputs, in notebooks/

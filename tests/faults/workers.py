@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
+
+_reaping = threading.Lock()  # a start reaps what has ended; of two threads that ask for one exit code one gets none
 
 
 @functools.cache
@@ -34,7 +37,8 @@ class Outcome(NamedTuple):
 def start(target: Callable, *args: Any) -> BaseProcess:
     """Fork a worker that runs ``target(*args)``, a function of a test module; nothing of this process is inherited."""
     process = _server().Process(target=target, args=args, daemon=True)
-    process.start()
+    with _reaping:
+        process.start()
     return process
 
 
@@ -54,10 +58,12 @@ def run(target: Callable, *args: Any, timeout: float = 60) -> Outcome:
 
 def _end(process: BaseProcess, wait: float) -> int:
     """The exit code of a process, which is killed if it has not ended after ``wait`` seconds."""
-    process.join(wait)
-    process.kill()
-    process.join()
-    return process.exitcode
+    ended = multiprocessing.connection.wait([process.sentinel], wait)
+    with _reaping:
+        if not ended:
+            process.kill()
+        process.join()
+        return process.exitcode
 
 
 def run_each(target: Callable, cases: Iterable[tuple], *, timeout: float = 60, at_once: int = 2) -> Iterator[Outcome]:
