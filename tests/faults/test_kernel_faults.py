@@ -318,10 +318,11 @@ def refused(error: str, out: Path) -> None:
 
 def starting_at_once(kernels, out: Path, expected: str) -> None:
     go, pair = out.with_name("go"), [kernels(0), kernels(1)]
-    wait = f"import pathlib\nwhile not pathlib.Path({str(go)!r}).exists(): pass"
+    wait = f"import pathlib\nprint('ready', flush=True)\nwhile not pathlib.Path({str(go)!r}).exists(): pass"
     for kernel in pair:
-        kernel.send(f"{wait}\ntrain({str(out)!r}, pause=0.1)")
-    time.sleep(1)
+        kernel.send(f"{wait}\ntrain({str(out)!r}, pause=0.2)")
+    for kernel in pair:
+        kernel.hear("ready")
     go.touch()
     ended = [kernel.hear() for kernel in pair]
     won = [expected in said for said in ended]
