@@ -30,6 +30,7 @@ from aigc_course.gmm import GaussianMixture
 from aigc_course.state import TrainConfig, TrainState
 from aigc_course.training import fit
 from faults import workers
+from faults.table import FULL
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals are sent")
 TESTS = Path(__file__).resolve().parent.parent
@@ -231,7 +232,10 @@ ENDLESS = {
     "waits": "import threading\nlock = threading.Lock()\nlock.acquire()\nlock.acquire()",
     "ignores": "import signal, time\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nwhile True:\n    time.sleep(9)",
 }
-LIMIT, SOON = 10, 15  # seconds: what a cell may take, and how long after that, or after a death, the verdict may come
+LIMIT, SOON = (
+    (10 if FULL else 5),
+    15,
+)  # seconds: what a cell may take, and how long after that, or after a death, the verdict may come
 
 
 def write_lesson(folder: Path, name: str, *sources: str) -> Path:
@@ -320,7 +324,7 @@ def starting_at_once(kernels, out: Path, expected: str) -> None:
     go, pair = out.with_name("go"), [kernels(0), kernels(1)]
     wait = f"import pathlib\nprint('ready', flush=True)\nwhile not pathlib.Path({str(go)!r}).exists(): pass"
     for kernel in pair:
-        kernel.send(f"{wait}\ntrain({str(out)!r}, pause=0.2)")
+        kernel.send(f"{wait}\ntrain({str(out)!r}, pause=0.1)")
     for kernel in pair:
         kernel.hear("ready")
     go.touch()
