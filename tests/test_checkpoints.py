@@ -829,3 +829,14 @@ def test_a_removal_that_ends_at_any_point_leaves_no_half_checkpoint(run, monkeyp
         assert newest_valid(copy).card["seed"] == 5
         prune(copy, 1)
         assert steps(copy) == [1_000_000]
+
+
+def test_a_copy_of_a_sealed_folder_is_none_until_it_is_sealed(tmp_path):
+    """Else a process killed between the copying and the sealing would leave what ``recover`` takes for whole."""
+    checkpoints.write_atomically(tmp_path / "model" / "config.json", b"{}")
+    checkpoints.seal(tmp_path / "model", {"step": 1})
+    new = tmp_path / "shipped.new"
+    checkpoints.copy_files(tmp_path / "model", new)
+    assert [path.name for path in new.iterdir()] == ["config.json"]
+    checkpoints.recover(tmp_path / "shipped")
+    assert not new.exists() and not (tmp_path / "shipped").exists()

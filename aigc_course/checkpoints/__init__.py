@@ -28,6 +28,7 @@ from .disk import (
     CheckpointError,
     CheckpointMismatch,
     FolderLike,
+    copy_files,
     fault,
     recover,
     replaced,
@@ -38,7 +39,8 @@ from .disk import (
 from .headers import check_header
 
 __all__ = [
-    "MANIFEST", "Checkpoint", "CheckpointError", "CheckpointMismatch", "CheckpointWarning", "check_header", "load",
+    "MANIFEST", "Checkpoint", "CheckpointError", "CheckpointMismatch", "CheckpointWarning", "check_header",
+    "copy_files", "load",
     "newest_valid", "prune", "read_card", "recover", "replaced", "save", "seal", "step_folder", "sweep", "writable",
     "write_atomically",
 ]  # fmt: skip

@@ -87,6 +87,13 @@ def replaced(folder: FolderLike) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def copy_files(folder: FolderLike, new: FolderLike) -> None:
+    """Copy the files of a sealed folder into ``new``, all but the manifest, which ``seal`` writes last."""
+    for path in sorted(Path(folder).iterdir()):
+        if path.is_file() and path.name != MANIFEST and path.suffix != ".tmp":
+            write_atomically(Path(new) / path.name, path.read_bytes())
+
+
 def recover(folder: FolderLike) -> None:
     """End what a killed process began with ``replaced``; call it only while no other process writes there."""
     folder = Path(folder)

@@ -217,8 +217,7 @@ class _Keeper:
                 model.save_pretrained(new)
                 self.plan.tokenizer.save(new)
             else:  # a run taken up again whose best model is the one that it had saved
-                for path in self.folder.iterdir():
-                    checkpoints.write_atomically(new / path.name, path.read_bytes())
+                checkpoints.copy_files(self.folder, new)
             checkpoints.seal(new, {**self.facts, "figures": figures, "curve": self.curve})
 
     def best(self, device: torch.device) -> LanguageModel:

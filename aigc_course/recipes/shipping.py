@@ -75,8 +75,7 @@ def ship_language(name: str, model: Path, folder: Path) -> Path:
     language = restore_language(model, torch.device("cpu"))
     facts = {**checkpoints.read_card(model), "figures": measured(name, language)}
     with checkpoints.replaced(folder) as new:
-        for path in model.iterdir():
-            checkpoints.write_atomically(new / path.name, path.read_bytes())
+        checkpoints.copy_files(model, new)
         checkpoints.write_atomically(new / "README.md", model_card(name, language, facts).encode("utf-8"))
         checkpoints.seal(new, facts)
     return folder

@@ -192,7 +192,8 @@ FORBIDDEN = {
     r"|(?<![\w.])/(app|data|workspace|Volumes|kaggle)/\w"
     r"|\b[A-Z]:\\+(Users|Windows|Program|Temp)|(?<!\w)~/\w|file:/|\\\\\w+\\\w+\$?\\",
     "a folder of this machine": rf"(?<!\w)({OWN_FOLDERS})(?!\w)" if OWN_FOLDERS else r"(?!)",
-    "a registry": r"pypi\.|pythonhosted|npmjs|anaconda\.org|docker\.io|ghcr\.io|artifactory|huggingface\.co|/simple/",
+    "a registry": r"p[y]pi\.|python[h]osted|n[p]mjs|ana[c]onda\.org|dock[e]r\.io|gh[c]r\.io|artifactory"
+    r"|hugging[f]ace\.co|/si[m]ple/",  # the brackets keep these names out of this file
     "a token or key": r"\bgh[opsu]_\w{16}|github_pat_|\bsk-[\w-]{16}|\bAKIA[0-9A-Z]{12}|-----BEGIN|\bhf_[A-Za-z]{16}"
     r"|\bxox[bp]-|\bAIza[\w-]{20}|\bglpat-|\beyJ\w{10,}\.eyJ",
     "a password": r"://[^/\s:@]+:[^/\s@]+@|(passw(or)?d|api_?key|secret)\w*\s*[=:]\s*['\"]\w",
@@ -349,7 +350,7 @@ POISON = {
     "this user": printed(f"{USER}@somewhere\n"),
     "this machine": printed(f"someone@{HOST}\n"),
     "this machine's page": printed(f"https://{HOST}:8888\n"),
-    "a registry": printed("Looking in indexes: https://pypi.example.org/simple/\n"),
+    "a registry": printed(f"Looking in indexes: https://{'py'}pi.example.org/{'simple'}/\n"),
     "a token of GitHub": code(f"token = 'ghp_{'a1' * 18}'"),
     "a key of AWS": code(f"key = 'AKIA{'A1' * 8}'"),
     "a token of a hub": printed(f"hf_{'abcd' * 8}\n"),

@@ -370,6 +370,17 @@ def gpt2_files(rng: random.Random) -> Iterator[Case]:
             )
 
 
+def spoilt(text: bytes, rng: random.Random, page: bytes) -> dict[str, bytes | None]:
+    """What may become of any text file; None stands for a folder of its name."""
+    return {
+        "cut": text[: rng.randrange(1, len(text) - 2)],
+        "empty": b"",
+        "a folder": None,
+        "login page": page,
+        "no UTF-8": spliced(text, rng, b"\xff"),
+    }
+
+
 def saved_tokenizers(rng: random.Random, folder: Path) -> Iterator[Case]:
     """What ``Tokenizer.save`` has written, read by ``Tokenizer.load``."""
     Tokenizer.train("the theatre " * 9, 260).save(folder)
@@ -381,11 +392,7 @@ def saved_tokenizers(rng: random.Random, folder: Path) -> Iterator[Case]:
         return json.dumps(known | {"model": known["model"] | changes}).encode()
 
     broken = {
-        "cut": text[: rng.randrange(1, len(text) - 2)],
-        "empty": b"",
-        "a folder": None,
-        "login page": PAGES[0],
-        "no UTF-8": spliced(text, rng, b"\xff"),
+        **spoilt(text, rng, PAGES[0]),
         "null": b"null",
         "nested": b"[" * 200_000,
         "another model": with_model(type="WordPiece", unk_token="t", max_input_chars_per_word=9),
@@ -474,11 +481,7 @@ def histories(rng: random.Random) -> Iterator[Case]:
     name = "data/histories/vae_beta.json"
     text = (runtime.course_dir() / name).read_bytes()
     kinds = {
-        "cut": text[: rng.randrange(1, len(text) - 2)],
-        "empty": b"",
-        "a folder": None,
-        "login page": PAGES[1],
-        "no UTF-8": spliced(text, rng, b"\xff"),
+        **spoilt(text, rng, PAGES[1]),
         "a list": b"[]",
         "no rows": text.replace(b'"rows"', b'"lines"'),
     }
