@@ -21,6 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from aigc_course import checkpoints
 from aigc_course.checkpoints import (
     CheckpointError,
     CheckpointMismatch,
