@@ -42,11 +42,13 @@ SIZES = {"small": (8, 7), "large": (100_000, 1)}  # units of the hidden layer, a
 # --- What the kernels and the workers run -----------------------------------------------------------------------------
 
 
-def train(out: str, size: str = "small", pause: float = 0.0, on_log=None, dwell: int = -1) -> str:
+def train(
+    out: str, size: str = "small", pause: float = 0.0, on_log=None, dwell: int = -1, until: str | None = None
+) -> str:
     """Train a network in ``out``, at least ``pause`` seconds a step; returns a checksum of all that the run ends with.
 
     The large one saves 8 MB after each step, the small one now and then. In the step after step ``dwell`` it says so,
-    and stays a second.
+    and stays a second. ``until`` names a file that it waits for before its last step, at most 100 seconds.
     """
     torch.set_num_threads(1)
     width, every = SIZES[size]
@@ -61,6 +63,8 @@ def train(out: str, size: str = "small", pause: float = 0.0, on_log=None, dwell:
             print("in a step", flush=True)
             time.sleep(1)
         time.sleep(pause)
+        if until is not None and state.step_count == STEPS - 1:
+            workers.wait_until(Path(until).exists, 100)
         loss = (state.nets["model"](batch + torch.randn(batch.shape, generator=rng)) - batch).square().mean()
         state.minimize("model", loss)
         return {"loss": loss}
@@ -320,11 +324,24 @@ def refused(error: str, out: Path) -> None:
     assert error.startswith("CourseError: ") and f"{out} is in use by another process" in error, error
 
 
+AT_ONCE = """
+import pathlib
+go, told = pathlib.Path({go!r}), pathlib.Path({told!r})
+print("ready", flush=True)
+while not go.exists():
+    pass
+try:
+    print(train({out!r}, until={told!r}))
+except Exception:
+    told.touch()  # whoever comes second, however late, finds the first still at it
+    raise
+"""
+
+
 def starting_at_once(kernels, out: Path, expected: str) -> None:
-    go, pair = out.with_name("go"), [kernels(0), kernels(1)]
-    wait = f"import pathlib\nprint('ready', flush=True)\nwhile not pathlib.Path({str(go)!r}).exists(): pass"
+    go, told, pair = out.with_name("go"), out.with_name("told"), [kernels(0), kernels(1)]
     for kernel in pair:
-        kernel.send(f"{wait}\ntrain({str(out)!r}, pause=0.1)")
+        kernel.send(AT_ONCE.format(go=str(go), told=str(told), out=str(out)))
     for kernel in pair:
         kernel.hear("ready")
     go.touch()
@@ -375,7 +392,7 @@ from aigc_course import lessons, runtime
 os.environ |= {{"AIGC_RUN_DIR": {runs!r}, "AIGC_RECORD_DIR": {records!r}}}
 profile = lessons.begin({lesson!r}, "quick")
 """,
-    "train": "found = train(str(runtime.run_dir({run!r})), pause={pause})\nfound",
+    "train": "found = train(str(runtime.run_dir({run!r})), until={until!r})\nfound",
     "finish": """
 for tag in lessons.lesson_tags({lesson!r}):
     lessons.verify(tag, int(found, 16), int({expected!r}, 16))
@@ -389,17 +406,19 @@ def the_same_lesson(kernels, out: Path, expected: str) -> None:
     records = out.with_name("records")
     names = {"lesson": LESSON, "run": out.name, "runs": str(out.parent), "records": str(records)}
 
-    def cell(name: str, pause: float = 0) -> str:
-        return CELLS[name].format(**names, expected=expected, steps=STEPS, pause=pause)
+    def cell(name: str, until: str | None = None) -> str:
+        return CELLS[name].format(**names, expected=expected, steps=STEPS, until=until)
 
     first, second = kernels(0), kernels(1)
     for kernel in (first, second):
         kernel.run(cell("begin"))
         assert not kernel.error, kernel.error
-    first.send(cell("train", pause=0.1))
+    told = out.with_name("lesson told")
+    first.send(cell("train", until=str(told)))
     workers.wait_until(lambda: has_saved(out))
     second.run(cell("train"))
     refused(second.error, out)
+    told.touch()
     second.run(cell("finish"))
     assert second.error.startswith("NameError") and not records.exists(), "there is nothing to record"
     assert expected in first.hear(), f"{first.said}{first.error}"
