@@ -16,7 +16,7 @@ SOURCE := (the first time, this downloads about 3 GB on Linux, PyTorch with CUDA
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help course lab test faults notebooks lock wheelhouse audit clean
+.PHONY: help course lab test faults bench notebooks lock wheelhouse audit clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,9 @@ test: .venv/.ready ## lint and run every test
 
 faults: .venv/.ready ## inject every fault as often as tests/faults/table.py says (15 minutes)
 	AIGC_FAULTS=full .venv/bin/python -m pytest tests/faults
+
+bench: .venv/.ready ## time the course beside what one would use instead: benchmarks/RESULTS.md (25 minutes, an idle machine)
+	.venv/bin/python -m benchmarks
 
 notebooks: .venv/.ready ## for maintainers: execute the lessons and store them, with outputs, in notebooks/
 	@.venv/bin/aigc course --store $(LESSONS)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .linear import Linear
 from .runtime import CourseError
 from .state import TrainState
 
@@ -43,8 +44,8 @@ class Classifier(nn.Module):
                 stages += [*_conv(channels, width), *_conv(width, width), nn.MaxPool2d(2)]
                 channels = width
             self.trunk = nn.Sequential(*stages, nn.Flatten(), nn.Dropout(config.dropout))
-            self.hidden = nn.Linear(channels * (SIZE // 8) ** 2, config.features)
-            self.head = nn.Linear(config.features, config.n_classes)
+            self.hidden = Linear(channels * (SIZE // 8) ** 2, config.features)
+            self.head = Linear(config.features, config.n_classes)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(layer.weight, nonlinearity="relu", generator=rng)

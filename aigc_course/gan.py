@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .linear import Linear
 from .runtime import CourseError
 from .state import TrainState
 
@@ -123,8 +124,8 @@ def dense_generator(config: GANConfig) -> nn.Sequential:
     """Linear layers with ReLU between them, as wide as ``config.hidden``, then the shape of an example."""
     layers: list[nn.Module] = []
     for width, following in zip((config.z_dim, *config.hidden), config.hidden, strict=False):
-        layers += [nn.Linear(width, following), nn.ReLU()]
-    layers += [nn.Linear(config.hidden[-1], math.prod(config.shape))]
+        layers += [Linear(width, following), nn.ReLU()]
+    layers += [Linear(config.hidden[-1], math.prod(config.shape))]
     return nn.Sequential(*layers, *([nn.Tanh()] if config.bounded else []), nn.Unflatten(1, config.shape))
 
 
@@ -133,8 +134,8 @@ def dense_discriminator(config: GANConfig) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten()]
     widths = (math.prod(config.shape), *reversed(config.hidden))
     for width, following in zip(widths, widths[1:], strict=False):
-        layers += [nn.Linear(width, following), nn.LeakyReLU(0.2)]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
+        layers += [Linear(width, following), nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, Linear(widths[-1], 1))
 
 
 def conv_generator(config: DCGANConfig) -> nn.Sequential:

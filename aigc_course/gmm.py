@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from .runtime import CourseError, rng_for
 
+FAR = 1e7  # a difference of terms this many times as large, in float64, has lost half of its digits
+
 
 class MixtureError(CourseError):
     """A mixture that cannot be fitted or used as asked."""
@@ -30,22 +32,42 @@ def gaussian_log_prob(
 
     ``cholesky`` holds the lower factors L of the covariances L Lᵀ, (k, d, d), or the standard deviations, (k, d).
     """
-    if full := cholesky.ndim == 3:
-        identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        inverse = torch.linalg.solve_triangular(cholesky, identity, upper=False)
-    squared_distance = x.new_empty(len(x), len(means))
-    for rows in _blocks(x, means):  # (x - mean)ᵀ covariance⁻¹ (x - mean) is |z|², where z = L⁻¹ (x - mean)
-        centred = x[rows] - means[:, None]
-        z = centred @ inverse.mT if full else centred / cholesky[:, None]
-        squared_distance[rows] = z.square().sum(-1).T
     log_det = _diagonals(cholesky).log().sum(-1)  # half the log-determinant of the covariance
-    return -0.5 * (squared_distance + x.shape[1] * math.log(2 * math.pi)) - log_det
+    return -0.5 * (_squared_distances(x, means, cholesky) + x.shape[1] * math.log(2 * math.pi)) - log_det
+
+
+def _squared_distances(x: Tensor, means: Tensor, cholesky: Tensor) -> Tensor:
+    """(x - mean)ᵀ covariance⁻¹ (x - mean), which is |z|² for z = L⁻¹ (x - mean): (n, k), stored as (k, n)."""
+    (k, d), centre = means.shape, means.mean(0)  # numbers about a common centre keep their digits in a product
+    squares, means = x.new_empty(k, len(x)), means - centre
+    if cholesky.ndim == 3:
+        identity = torch.eye(d, dtype=x.dtype, device=x.device)
+        inverse = torch.linalg.solve_triangular(cholesky, identity, upper=False)
+        offsets, inverse = (inverse @ means[:, :, None]).reshape(k * d, 1), inverse.reshape(k * d, d)
+        for rows in _blocks(x, means):
+            z = inverse @ (x[rows] - centre).T - offsets
+            squares[:, rows] = z.view(k, d, -1).square().sum(1)
+        return squares.T
+    precise = _precise(x)
+    means, precisions = means.to(precise), cholesky.to(precise).square().reciprocal()
+    constants = (means.square() * precisions).sum(1, keepdim=True)
+    far = (constants > FAR).flatten().nonzero().flatten().tolist()
+    for rows in _blocks(x, means[:1]):  # multiplied out, (x - mean)² / variance is a matter of two matrix products
+        y = x[rows].to(precise) - centre
+        squares[:, rows] = (precisions @ y.square().T - 2 * (means * precisions) @ y.T + constants).clamp_min(0).to(x)
+        for j in far:
+            squares[j, rows] = ((y - means[j]) / cholesky[j]).square().sum(1).to(x)
+    return squares.T
 
 
 def _blocks(x: Tensor, means: Tensor) -> list[slice]:
-    # All differences x - mean together, (k, n, d), can fill the memory; those of a block of samples fit the cache.
-    size = max(128, 2**18 // means.numel())
+    # All differences x - mean together, (k, d, n), can fill the memory; those of a block of samples fit the cache.
+    size = max(256, 2**18 // means.numel())
     return [slice(start, start + size) for start in range(0, len(x), size)]
+
+
+def _precise(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.device.type != "mps" else x.dtype
 
 
 def _diagonals(matrices: Tensor) -> Tensor:
@@ -80,9 +102,16 @@ def e_step(
     cholesky, sound = _cholesky(covariances)
     _refuse(~sound, "has a covariance that is not positive definite: give one that is")
     log_joint = weights.log() + gaussian_log_prob(x, means, cholesky)
-    responsibilities = log_joint.softmax(1)  # (9.23)
-    log_prob = log_joint.logsumexp(1)  # (9.28), sample by sample
+    responsibilities, log_prob = _softmax_and_logsumexp(log_joint)  # (9.23), and (9.28) sample by sample
     return responsibilities, log_prob
+
+
+def _softmax_and_logsumexp(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Both over the columns, from the same exponentials; along the rows of memory, as ``_squared_distances`` stores."""
+    top = x.amax(1, keepdim=True)  # its exponential is 1: none overflows, and not all vanish
+    terms = F.threshold((x - top).exp(), torch.finfo(x.dtype).tiny, 0.0)  # numbers below it would slow all products
+    total = terms.sum(1, keepdim=True)
+    return terms / total, (top + total.log())[:, 0]
 
 
 # ---- M step ----
@@ -109,10 +138,7 @@ def m_step(
     means = responsibilities.T @ x / counts[:, None]  # (9.24)
 
     full = covariance == "full"
-    scatter = 0.0
-    for rows in _blocks(x, means):
-        y = responsibilities[rows].T.sqrt()[:, :, None] * (x[rows] - means[:, None])
-        scatter = scatter + (y.mT @ y if full else y.square().sum(1))  # YᵀY has no negative eigenvalue
+    scatter = _scatter(x, responsibilities, means, full, reg_covar)
     covariances = scatter / (counts[:, None, None] if full else counts[:, None])  # (9.25)
     _diagonals(covariances).add_(reg_covar)
 
@@ -122,6 +148,26 @@ def m_step(
     remedy = f"raise reg_covar (now {reg_covar:g}) or use fewer components"
     _refuse(~sound, f"has collapsed, its covariance is singular: {remedy}")
     return weights, means, covariances
+
+
+def _scatter(x: Tensor, responsibilities: Tensor, means: Tensor, full: bool, floor: float) -> Tensor:
+    """The sum of responsibility (x - mean) (x - mean)ᵀ over the samples, (k, d, d), or its diagonal, (k, d)."""
+    scatter = 0.0
+    if full:
+        for rows in _blocks(x, means):
+            y = responsibilities[rows].T.sqrt()[:, None] * (x[rows].T.contiguous() - means[:, :, None])
+            scatter = scatter + y @ y.mT  # which has no negative eigenvalue
+        return scatter
+    centre, precise = means.mean(0), _precise(x)
+    for rows in _blocks(x, means[:1]):  # multiplied out, as the squared distances are
+        scatter = scatter + responsibilities[rows].T.to(precise) @ (x[rows].to(precise) - centre).square()
+    counts = responsibilities.sum(0)[:, None].to(precise)
+    shift = counts * (means - centre).to(precise).square()
+    scatter = scatter - shift
+    lost = (scatter + counts * floor < shift / FAR).any(1)
+    for j in lost.nonzero().flatten().tolist():  # of these too little is left
+        scatter[j] = responsibilities[:, j].to(precise) @ (x - means[j]).to(precise).square()
+    return scatter.to(x.dtype)
 
 
 # ---- the estimator ----
@@ -288,5 +334,5 @@ def _check_samples(x: Tensor, *, at_least: int) -> None:
         raise MixtureError(f"x has shape {tuple(x.shape)}: expected (n, d), one sample a row")
     if len(x) < at_least:
         raise MixtureError(f"x has {len(x)} rows: at least {at_least} are needed")
-    if not x.isfinite().all():
+    if not x.sum().isfinite() and not x.isfinite().all():  # the sum is quick, but may overflow
         raise MixtureError("x holds NaN or infinity: remove or replace those rows")

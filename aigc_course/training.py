@@ -18,13 +18,13 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from . import checkpoints, ranks
+from . import checkpoints, linear, ranks
 from .runtime import CourseError, only_process, pick_device, pick_precision, rng_for, seed_for
 from .state import NotFiniteError, TrainConfig, TrainState
 
 # A run may go on with other values of these; of those in TOLD fit says that they changed.
 FREE = ("steps", "checkpoint_every", "log_every", "keep", "device", "clip_norm")
-TOLD = ("device", "clip_norm", "settings")
+TOLD = ("device", "clip_norm", "settings", "linear")
 
 
 @runtime_checkable
@@ -98,13 +98,15 @@ def _run(step, state: TrainState, data: Data, config: TrainConfig, out: Path | N
     state.prepare(device, config.clip_norm, config.ema)
     folder = out / "checkpoints" if out is not None else None
     facts = {**asdict(config), "device": device.type, "precision": str(dtype), "world": world}
-    facts |= {"data": _fingerprint(data), "settings": state.settings()}
+    facts |= {"data": _fingerprint(data), "settings": state.settings(), "linear": linear.road()}
     ranks.alike(facts)
     if folder is not None and not _resume(state, folder, facts):
         _save(state, folder, facts, config.keep)  # what cannot be saved is found out now, not hours later
     ranks.spread(list(state.weights().values()))
     data = data.to(device)
+    rows = partial(data.index_select, 0) if isinstance(data, Tensor) else data.__getitem__  # the same, and faster
     order, order_epoch, saved, pending, stop = None, None, state.step_count, [], 0
+    seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed  # which asks every device
 
     with _signals_held() as arrived, _global_rng_kept(device), Progress(config.steps) as progress:
         try:
@@ -113,10 +115,10 @@ def _run(step, state: TrainState, data: Data, config: TrainConfig, out: Path | N
                 if epoch != order_epoch:
                     order, order_epoch = epoch_order(config.seed, epoch, len(data)).to(device), epoch
                 indices = order[position * config.batch_size : (position + 1) * config.batch_size][rank::world]
-                torch.manual_seed(seed_for(config.seed, "global", state.step_count, rank))  # dropout draws from here
+                seed(seed_for(config.seed, "global", state.step_count, rank))  # dropout draws from here
                 rng = step_rng(config.seed, state.step_count, rank, device)
                 with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    figures = step(state, data[indices], rng)
+                    figures = step(state, rows(indices), rng)
                 pending.append(_numbers(figures))
                 state.update_averages()
                 state.step_count += 1
@@ -228,7 +230,9 @@ def _newest(state: TrainState, folder: Path, facts: dict) -> checkpoints.Checkpo
     if step > steps:
         raise CourseError(f"{folder.parent} holds a run of {step} steps, more than the {steps} asked for: {remedy}")
     found = checkpoints.load(found.folder, like=state.weights())
-    changed = "".join(f"; {name} changed from {then[name]} to {now[name]}" for name in TOLD if then[name] != now[name])
+    changed = "".join(
+        f"; {name} changed from {then.get(name)} to {now[name]}" for name in TOLD if then.get(name) != now[name]
+    )
     if step == steps:
         print(f"{folder.parent} holds this run, finished: to train it anew, delete that folder{changed}")
     elif step > 0 or changed:

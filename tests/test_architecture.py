@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "aigc_course"
 FLOORS = [
-    {"runtime", "datasets", "tokenizer", "ranks", "state", "checkpoints"},
+    {"runtime", "datasets", "tokenizer", "linear", "ranks", "state", "checkpoints"},
     {"gmm", "vae", "gan", "unet", "diffusion", "ngram", "gpt2", "generate", "classifier"},
     {"training", "metrics", "plots", "widgets"},
     {"recipes", "experiments", "lessons", "exercises", "course", "pages", "doctor", "cli"},

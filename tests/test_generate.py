@@ -21,7 +21,7 @@ from aigc_course.generate import (
     penalize_repetition,
     stream,
 )
-from aigc_course.gpt2 import GPT2, GPT2Config
+from aigc_course.gpt2 import GPT2, Decoder, GPT2Config
 from aigc_course.runtime import CourseError, rng_for
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -348,11 +348,18 @@ def test_stream_yields_what_generate_returns(settings):
             assert stop is None or streamed.index(stop) == len(streamed) - 1 <= 7
 
 
-def test_stream_comes_token_by_token():
+def tokens_read(model, monkeypatch) -> list[int]:
+    """How many tokens a row each reading took, kept up to date."""
+    reads, whole, one = [], model.hidden, Decoder.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, **more: reads.append(ids.shape[1]) or whole(ids, **more))
+    monkeypatch.setattr(Decoder, "hidden", lambda self, ids, cache: reads.append(1) or one(self, ids, cache))
+    return reads
+
+
+def test_stream_comes_token_by_token(monkeypatch):
     """It runs the model once for each token asked for; a mistake is told at the call, not at the first token."""
     model, ids = model_of("lazy"), ids_of(5, shape=(1, 5))
-    calls = []
-    model.ln_f.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape[1]))
+    calls = tokens_read(model, monkeypatch)
     tokens = stream(model, ids, max_new_tokens=8, temperature=0)
     assert calls == []
     next(tokens), next(tokens), next(tokens)
@@ -361,10 +368,9 @@ def test_stream_comes_token_by_token():
         stream(model, ids, max_new_tokens=8)
 
 
-def test_a_full_window_is_read_anew_from_its_last_half():
+def test_a_full_window_is_read_anew_from_its_last_half(monkeypatch):
     model = model_of("reads", block_size=8)
-    reads = []
-    model.ln_f.register_forward_hook(lambda _, inputs, __: reads.append(inputs[0].shape[1]))
+    reads = tokens_read(model, monkeypatch)
     ids, mask = padded(ids_of(5), [1, 2, 4])
     generate(model, ids, max_new_tokens=14, temperature=0, attention_mask=mask)
     # 5 tokens of the longest row, then 8; the second row is full one token later and the third two after that

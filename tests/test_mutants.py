@@ -39,19 +39,42 @@ MUTANTS = [
     Mutant(GMM, "log-determinant with the wrong sign", "gmm.gaussian_log_prob", "- log_det", "+ log_det", "1.5"),
     Mutant(GMM, "the constant without its d", "gmm.gaussian_log_prob", "x.shape[1] * math.log", "math.log", "1.5"),
     Mutant(GMM, "no weights in Bayes' rule", "gmm.e_step", "weights.log() + ", "", "1.5"),
-    Mutant(GMM, "softmax over the samples", "gmm.e_step", "softmax(1)", "softmax(0)", "1.6"),
     Mutant(
-        GMM, "naive logarithm of a sum", "gmm.e_step", "log_joint.logsumexp(1)", "log_joint.exp().sum(1).log()", "1.7"
+        GMM, "softmax over the samples", "gmm._softmax_and_logsumexp", "terms / total", "terms / terms.sum(0)", "1.6"
     ),
-    Mutant(GMM, "posterior sharpened", "gmm.e_step", "softmax(1)", "mul(2).softmax(1)", "1.11"),
+    Mutant(
+        GMM,
+        "naive logarithm of a sum",
+        "gmm._softmax_and_logsumexp",
+        "(top + total.log())[:, 0]",
+        "x.exp().sum(1).log()",
+        "1.7",
+    ),
+    Mutant(
+        GMM,
+        "posterior sharpened",
+        "gmm.e_step",
+        "return responsibilities,",
+        "return (2 * log_joint).softmax(1),",
+        "1.11",
+    ),
     Mutant(
         GMM, "weights never learnt", "gmm.m_step", "counts / len(x)", "torch.ones_like(counts) / len(counts)", "1.12"
     ),
     Mutant(GMM, "means over all samples", "gmm.m_step", "@ x / counts[:, None]", "@ x / len(x)", "1.13"),
-    Mutant(GMM, "second moments about zero", "gmm.m_step", "(x[rows] - means[:, None])", "x[rows]", "1.14"),
-    Mutant(GMM, "responsibilities squared", "gmm.m_step", ".T.sqrt()", ".T", "1.14"),
+    Mutant(
+        GMM, "second moments about zero", "gmm._scatter", "contiguous() - means[:, :, None]", "contiguous()", "1.14"
+    ),
+    Mutant(GMM, "responsibilities squared", "gmm._scatter", ".T.sqrt()", ".T", "1.14"),
     Mutant(GMM, "a floor nobody asked for", "gmm.m_step", "add_(reg_covar)", "add_(reg_covar + 0.1)", "1.14"),
-    Mutant(GMM, "bound that cannot touch", "gmm.e_step", "softmax(1)", "mul(0.5).softmax(1)", "1.15"),
+    Mutant(
+        GMM,
+        "bound that cannot touch",
+        "gmm.e_step",
+        "return responsibilities,",
+        "return (0.5 * log_joint).softmax(1),",
+        "1.15",
+    ),
     Mutant(GMM, "BIC with the wrong sign", "gmm.GaussianMixture", "return -2 *", "return 2 *", "1.17"),
     Mutant(GMM, "weights counted as free", "gmm.GaussianMixture", "return (k - 1) +", "return k +", "1.17"),
     Mutant(VAE, "standard deviation exp(logvar)", "vae.reparameterize", "(0.5 * logvar)", "logvar", "2.6"),
@@ -294,8 +317,8 @@ MUTANTS = [
         GPT,
         "heads interleaved",
         "gpt2.model.CausalSelfAttention",
-        "view(b, t, self.n_head, d // self.n_head).transpose(1, 2)",
-        "view(b, t, d // self.n_head, self.n_head).permute(0, 3, 1, 2)",
+        "view(b, t, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4)",
+        "view(b, t, 3, d // self.n_head, self.n_head).permute(2, 0, 4, 1, 3)",
         "5.10",
     ),
     Mutant(
@@ -346,8 +369,8 @@ MUTANTS = [
         GPT,
         "weights not tied in the gradient",
         "gpt2.model.GPT2.logits",
-        "F.linear(hidden, self.wte.weight)",
-        "F.linear(hidden, self.wte.weight.detach())",
+        "linear.linear(hidden, self.wte.weight)",
+        "linear.linear(hidden, self.wte.weight.detach())",
         "5.19",
     ),
     Mutant(
@@ -378,8 +401,8 @@ MUTANTS = [
         GPT2,
         "an output layer of its own",
         "gpt2.model.GPT2",
-        "F.linear(hidden, self.wte.weight)",
-        "F.linear(hidden, self.wte.weight.flip(0))",
+        "linear.linear(hidden, self.wte.weight)",
+        "linear.linear(hidden, self.wte.weight.flip(0))",
         "6.1",
     ),
     Mutant(GPT2, "GELU's constant misplaced", "gpt2.model.gelu", "0.044715", "0.44715", "6.2"),
@@ -411,8 +434,8 @@ MUTANTS = [
         GPT2,
         "the cache puts new values first",
         "gpt2.model.KVCache.append",
-        "torch.cat([past_v, v], dim=2)",
-        "torch.cat([v, past_v], dim=2)",
+        "rooms[1][:, :, past:length] = k, v",
+        "rooms[1][:, :, :length] = k, torch.cat([v, rooms[1][:, :, :past]], dim=2)",
         "6.3",
     ),
     Mutant(

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..gpt2 import GPT2, KVCache
+from ..gpt2 import GPT2, Decoder, KVCache
 from .checks import GenerateError, GenerateWarning, check, check_choice, check_prompt, check_rng
 
 Logits = Float[Tensor, "b v"]
@@ -126,6 +126,7 @@ class _Reader:
 
     def __init__(self, model: GPT2, ids: Tensor, attention_mask: Tensor | None, stacklevel: int = 4):
         self.model, self.ids, self.real = model, ids, check_prompt(model, ids, attention_mask)
+        self.decoder = Decoder(model)
         self.seen = self.real.clone()  # what of it the model looks at
         size, longest = model.config.block_size, int(self.real.sum(1).max())
         if longest > size:
@@ -133,16 +134,21 @@ class _Reader:
             warnings.warn(message, GenerateWarning, stacklevel=stacklevel)  # the line that called us
         self._look_back(size)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def next_logits(self) -> Logits:
         """The logits of the token after the last one."""
-        full = self.seen.sum(1) > self.model.config.block_size
-        if full.any():
-            self._look_back(max(self.model.config.block_size // 2, 1), full)
-        unread, mask = self.ids[:, self.start + self.cache.length :], self.seen[:, self.start :].long()
+        size = self.model.config.block_size
+        if self.ids.shape[1] - self.start > size and (full := self.seen.sum(1) > size).any():
+            self._look_back(max(size // 2, 1), full)
+        unread = self.ids[:, self.start + self.cache.length :]
+        mask = self.seen[:, self.start :].long() if self.padded else None
         with _eval_mode(self.model):
-            logits = self.model.logits(self.model.hidden(unread, attention_mask=mask, cache=self.cache)[:, -1])
-        if not logits.isfinite().all():
+            if unread.shape[1] == 1 and mask is None and self.cache.length > 0:
+                hidden = self.decoder.hidden(unread[:, 0], self.cache)
+            else:
+                hidden = self.model.hidden(unread, attention_mask=mask, cache=self.cache)[:, -1]
+            logits = self.model.logits(hidden)
+        if not logits.sum().isfinite():
             raise GenerateError(
                 "the model's logits are NaN or infinite: its weights are spoilt, train or load it again"
             )
@@ -158,6 +164,7 @@ class _Reader:
     def _look_back(self, n: int, rows: Tensor | slice = slice(None)) -> None:
         self.seen[rows, :-n] = False
         self.cache, self.start = KVCache(), int(self.seen.any(0).int().argmax())  # padding of all rows is not read
+        self.padded = not self.seen[:, self.start :].all()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import ranks
+from .. import linear, ranks
 from ..state import TrainState
 from . import files
 from .files import GPT2Error
@@ -65,8 +65,8 @@ class GPT2Config:
         return (self.vocab_size + self.block_size) * d + self.n_layer * (12 * d * d + 13 * d) + 2 * d
 
 
-class Linear(nn.Linear):
-    """``nn.Linear`` that draws no weights of its own: ``GPT2`` draws them."""
+class Linear(linear.Linear):
+    """A linear layer that draws no weights of its own: ``GPT2`` draws them."""
 
     def reset_parameters(self) -> None: ...
 
@@ -78,32 +78,49 @@ class Embedding(nn.Embedding):
 
 
 class KVCache:
-    """The keys and values of every layer for the tokens read so far, each (b, h, length, d / h)."""
+    """The keys and values of every layer for the tokens read so far, each (b, h, length, d / h).
+
+    They stand in tensors with room for ``ROOM`` tokens more, so that a token is written, and all are copied seldom.
+    """
+
+    ROOM = 128
 
     def __init__(self):
-        self.layers: list[tuple[Tensor, Tensor]] = []
+        self._rooms: list[list[Tensor]] = []  # keys and values, each (b, h, room, d / h)
+        self._lengths: list[int] = []
 
     @property
     def length(self) -> int:
         """The number of tokens read so far."""
-        return self.layers[0][0].shape[2] if self.layers else 0
+        return self._lengths[0] if self._lengths else 0
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that they take, with the room."""
+        return sum(room.nbytes for rooms in self._rooms for room in rooms)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Add the keys and values of new tokens to those of ``layer``; returns all so far."""
-        if layer == len(self.layers):
-            self.layers.append((k, v))
+        if layer == len(self._rooms):
+            self._rooms.append([k[:, :, :0], v[:, :, :0]])
+            self._lengths.append(0)
+        rooms, past, length = self._rooms[layer], self._lengths[layer], self._lengths[layer] + k.shape[2]
+        if length > rooms[0].shape[2] or k.requires_grad:  # gradients ask that nothing be overwritten
+            for i, new in enumerate((k, v)):
+                free = new.new_empty(*new.shape[:2], 0 if k.requires_grad else self.ROOM, new.shape[3])
+                rooms[i] = torch.cat([rooms[i][:, :, :past], new, free], dim=2)
         else:
-            past_k, past_v = self.layers[layer]
-            self.layers[layer] = (torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2))
-        return self.layers[layer]
+            rooms[0][:, :, past:length], rooms[1][:, :, past:length] = k, v
+        self._lengths[layer] = length
+        return rooms[0][:, :, :length], rooms[1][:, :, :length]
 
     def reorder(self, rows: Int[Tensor, "b"]) -> None:
         """Let row i hold what row ``rows[i]`` held, as beam search asks for."""
-        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+        self._rooms = [[room[rows] for room in rooms] for rooms in self._rooms]
 
     def crop(self, length: int) -> None:
         """Forget all tokens after the first ``length``."""
-        self.layers = [(k[:, :, :length], v[:, :, :length]) for k, v in self.layers]
+        self._lengths = [min(length, past) for past in self._lengths]
 
 
 class CausalSelfAttention(nn.Module):
@@ -118,7 +135,7 @@ class CausalSelfAttention(nn.Module):
     def heads(self, x: Float[Tensor, "b t d"]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of all heads, each (b, h, t, d / h)."""
         b, t, d = x.shape
-        return tuple(part.view(b, t, self.n_head, d // self.n_head).transpose(1, 2) for part in self.qkv(x).split(d, 2))
+        return self.qkv(x).view(b, t, 3, self.n_head, d // self.n_head).permute(2, 0, 3, 1, 4).unbind()
 
     def weights(self, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b h t t"]:
         """How much token i attends to token j, in each head; rows sum to 1. ``forward`` does without."""
@@ -132,11 +149,13 @@ class CausalSelfAttention(nn.Module):
     ) -> Float[Tensor, "b t d"]:
         q, k, v = self.heads(x)
         if cache is not None:
+            if x.dtype == torch.bfloat16 and x.device.type == "cpu":  # where attention is faster in float32
+                q, k, v = q.float(), k.float(), v.float()
             k, v = cache.append(layer, k, v)
         # without a mask, more than one token means that no token came before them
         y = F.scaled_dot_product_attention(
             q, k, v, mask, dropout_p=self.dropout * self.training, is_causal=mask is None and x.shape[1] > 1
-        )
+        ).to(x.dtype)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
@@ -223,7 +242,7 @@ class GPT2(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*n d"]) -> Float[Tensor, "*n v"]:
         """The scores of the vocabulary for what ``hidden`` returned."""
-        return F.linear(hidden, self.wte.weight).float()
+        return linear.linear(hidden, self.wte.weight).float()
 
     def hidden(
         self,

@@ -97,7 +97,10 @@ def gan_plan(
     for net in nets.values():
         net.to(memory_format=torch.channels_last)  # the order of memory in which convolutions run faster
     rates = {"generator": settings.lr, "discriminator": settings.lr * settings.lr_ratio}
-    adams = {k: torch.optim.Adam(nets[k].parameters(), lr=lr, betas=(settings.beta1, 0.999)) for k, lr in rates.items()}
+    adams = {
+        k: torch.optim.Adam(nets[k].parameters(), lr=lr, betas=(settings.beta1, 0.999), fused=True)
+        for k, lr in rates.items()
+    }
 
     def step(state: TrainState, real: Tensor, rng: torch.Generator) -> dict[str, Tensor]:
         left = min(1.0, (1 - state.step_count / steps) / max(1 - settings.flat, 1e-9))

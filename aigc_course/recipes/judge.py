@@ -32,7 +32,7 @@ def classifier(profile: str, seed: int, device: torch.device) -> Recipe:
         digits = load_mnist(size=32)
         model = Classifier(ClassifierConfig(), rng_for(seed, "classifier", "weights"))
         model.to(memory_format=torch.channels_last)
-        adam = torch.optim.Adam(model.parameters(), lr=2e-3)
+        adam = torch.optim.Adam(model.parameters(), lr=2e-3, fused=True)
         steps = CLASSIFIERS[profile]["epochs"] * (len(digits) // 128)
 
         def step(state: TrainState, batch: Images, rng: torch.Generator) -> dict[str, Tensor]:

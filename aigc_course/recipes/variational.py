@@ -41,7 +41,7 @@ def vae(name: str, profile: str, seed: int, device: torch.device) -> Recipe:
             check_profile(out, profile)
         images = load_mnist(train=True).images
         model = VAE(config, pixel_means=(images.mean(0) + 1) / 2, rng=rng_for(seed, name, "weights"))
-        adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, eps=1e-4)
+        adam = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, eps=1e-4, fused=True)
         steps = epochs * (len(images) // BATCH_SIZE)
 
         def step(state: TrainState, images: Tensor, rng: torch.Generator) -> dict[str, Tensor]:

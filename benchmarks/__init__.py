@@ -1,0 +1,1 @@
+"""Timings of the course's code beside what a reader would otherwise use: ``python -m benchmarks``."""
