@@ -98,8 +98,9 @@ def _run(step, state: TrainState, data: Data, config: TrainConfig, out: Path | N
     state.prepare(device, config.clip_norm, config.ema)
     folder = out / "checkpoints" if out is not None else None
     facts = {**asdict(config), "device": device.type, "precision": str(dtype), "world": world}
-    facts |= {"data": _fingerprint(data), "settings": state.settings(), "linear": linear.road()}
+    facts |= {"data": _fingerprint(data), "settings": state.settings()}
     ranks.alike(facts)
+    facts["linear"] = linear.road()  # each rank finds out for itself
     if folder is not None and not _resume(state, folder, facts):
         _save(state, folder, facts, config.keep)  # what cannot be saved is found out now, not hours later
     ranks.spread(list(state.weights().values()))

@@ -44,6 +44,7 @@ def pytest_configure(config):
         os.environ.pop(name, None)
     paths = [str(OFFLINE), str(COURSE / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    os.environ["AIGC_LINEAR"] = "onednn"  # where it is right; a clock must not decide between two runs' bits
     runpy.run_path(str(OFFLINE / "sitecustomize.py"))  # this process too
     for name, folder in {"AIGC_RECORD_DIR": RECORDS, "AIGC_RUN_DIR": RUNS}.items():
         os.environ[name] = str(folder)
