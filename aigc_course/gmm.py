@@ -13,8 +13,6 @@ from torch.nn import functional as F
 
 from .runtime import CourseError, rng_for
 
-FAR = 1e7  # a difference of terms this many times as large, in float64, has lost half of its digits
-
 
 class MixtureError(CourseError):
     """A mixture that cannot be fitted or used as asked."""
@@ -43,15 +41,19 @@ def _squared_distances(x: Tensor, means: Tensor, cholesky: Tensor) -> Tensor:
     if cholesky.ndim == 3:
         identity = torch.eye(d, dtype=x.dtype, device=x.device)
         inverse = torch.linalg.solve_triangular(cholesky, identity, upper=False)
-        offsets, inverse = (inverse @ means[:, :, None]).reshape(k * d, 1), inverse.reshape(k * d, d)
+        offsets, flat = inverse @ means[:, :, None], inverse.reshape(k * d, d)
+        far = _lossy(offsets.square().sum((1, 2)), x.dtype)
         for rows in _blocks(x, means):
-            z = inverse @ (x[rows] - centre).T - offsets
+            y = (x[rows] - centre).T
+            z = flat @ y - offsets.view(k * d, 1)
             squares[:, rows] = z.view(k, d, -1).square().sum(1)
+            for j in far:
+                squares[j, rows] = (inverse[j] @ (y - means[j, :, None])).square().sum(0)
         return squares.T
     precise = _precise(x)
     means, precisions = means.to(precise), cholesky.to(precise).square().reciprocal()
     constants = (means.square() * precisions).sum(1, keepdim=True)
-    far = (constants > FAR).flatten().nonzero().flatten().tolist()
+    far = _lossy(constants[:, 0], precise)
     for rows in _blocks(x, means[:1]):  # multiplied out, (x - mean)² / variance is a matter of two matrix products
         y = x[rows].to(precise) - centre
         squares[:, rows] = (precisions @ y.square().T - 2 * (means * precisions) @ y.T + constants).clamp_min(0).to(x)
@@ -68,6 +70,11 @@ def _blocks(x: Tensor, means: Tensor) -> list[slice]:
 
 def _precise(x: Tensor) -> torch.dtype:
     return torch.float64 if x.device.type != "mps" else x.dtype
+
+
+def _lossy(ratios: Tensor, dtype: torch.dtype) -> list[int]:
+    """Where a difference of terms so many times as large as itself has lost about half of its digits."""
+    return (ratios > torch.finfo(dtype).eps ** -0.45).nonzero().flatten().tolist()
 
 
 def _diagonals(matrices: Tensor) -> Tensor:
@@ -108,7 +115,8 @@ def e_step(
 
 def _softmax_and_logsumexp(x: Tensor) -> tuple[Tensor, Tensor]:
     """Both over the columns, from the same exponentials; along the rows of memory, as ``_squared_distances`` stores."""
-    top = x.amax(1, keepdim=True)  # its exponential is 1: none overflows, and not all vanish
+    # The largest exponential is 1: none overflows, and not all vanish, unless all are exp(-inf).
+    top = x.amax(1, keepdim=True).clamp_min(torch.finfo(x.dtype).min)
     terms = F.threshold((x - top).exp(), torch.finfo(x.dtype).tiny, 0.0)  # numbers below it would slow all products
     total = terms.sum(1, keepdim=True)
     return terms / total, (top + total.log())[:, 0]
@@ -158,14 +166,16 @@ def _scatter(x: Tensor, responsibilities: Tensor, means: Tensor, full: bool, flo
             y = responsibilities[rows].T.sqrt()[:, None] * (x[rows].T.contiguous() - means[:, :, None])
             scatter = scatter + y @ y.mT  # which has no negative eigenvalue
         return scatter
-    centre, precise = means.mean(0), _precise(x)
-    for rows in _blocks(x, means[:1]):  # multiplied out, as the squared distances are
-        scatter = scatter + responsibilities[rows].T.to(precise) @ (x[rows].to(precise) - centre).square()
-    counts = responsibilities.sum(0)[:, None].to(precise)
-    shift = counts * (means - centre).to(precise).square()
+    # Multiplied out, as the squared distances are; the sums are taken anew, for the means are rounded to x's type.
+    centre, precise, sums = means.mean(0), _precise(x), 0.0
+    for rows in _blocks(x, means[:1]):
+        weights, y = responsibilities[rows].T.to(precise), x[rows].to(precise) - centre
+        sums, scatter = sums + weights @ y, scatter + weights @ y.square()
+    counts = responsibilities.sum(0, dtype=precise)[:, None]
+    shift = sums.square() / counts
     scatter = scatter - shift
-    lost = (scatter + counts * floor < shift / FAR).any(1)
-    for j in lost.nonzero().flatten().tolist():  # of these too little is left
+    left = (scatter + counts * floor).clamp_min(torch.finfo(precise).tiny)
+    for j in _lossy((shift / left).amax(1), precise):
         scatter[j] = responsibilities[:, j].to(precise) @ (x - means[j]).to(precise).square()
     return scatter.to(x.dtype)
 

@@ -100,8 +100,9 @@ def _run(step, state: TrainState, data: Data, config: TrainConfig, out: Path | N
     facts = {**asdict(config), "device": device.type, "precision": str(dtype), "world": world}
     facts |= {"data": _fingerprint(data), "settings": state.settings()}
     ranks.alike(facts)
-    facts["linear"] = linear.road()  # each rank finds out for itself
-    if folder is not None and not _resume(state, folder, facts):
+    resumed = folder is not None and _resume(state, folder, facts)
+    facts["linear"] = ranks.on_first(lambda: facts.get("linear") or _road(facts))  # one for all ranks
+    if folder is not None and not resumed:
         _save(state, folder, facts, config.keep)  # what cannot be saved is found out now, not hours later
     ranks.spread(list(state.weights().values()))
     data = data.to(device)
@@ -109,7 +110,12 @@ def _run(step, state: TrainState, data: Data, config: TrainConfig, out: Path | N
     order, order_epoch, saved, pending, stop = None, None, state.step_count, [], 0
     seed = torch.default_generator.manual_seed if device.type == "cpu" else torch.manual_seed  # which asks every device
 
-    with _signals_held() as arrived, _global_rng_kept(device), Progress(config.steps) as progress:
+    with (
+        _signals_held() as arrived,
+        _global_rng_kept(device),
+        linear.taking(facts["linear"]),
+        Progress(config.steps) as progress,
+    ):
         try:
             while state.step_count < config.steps and not (stop := ranks.largest(max(arrived, default=0))):
                 epoch, position = divmod(state.step_count, per_epoch)
@@ -211,6 +217,11 @@ def _resume(state: TrainState, folder: Path, facts: dict) -> bool:
     return found is not None
 
 
+def _road(facts: dict, began: str | None = None) -> str:
+    """The way through linear layers, for a run that ``began`` on one, or is new."""
+    return linear.road_of(began) if facts["device"] == "cpu" else "torch"
+
+
 def _newest(state: TrainState, folder: Path, facts: dict) -> checkpoints.Checkpoint | None:
     """The newest valid checkpoint, once it is found to be one of this very run; what a killed one left is swept."""
     checkpoints.recover(folder.parent / "model")
@@ -219,7 +230,9 @@ def _newest(state: TrainState, folder: Path, facts: dict) -> checkpoints.Checkpo
     found = checkpoints.newest_valid(folder)
     if found is None:
         return None
-    then, now = found.card, json.loads(json.dumps(facts))
+    then = {"linear": "torch", **found.card}
+    facts["linear"] = _road(facts, then["linear"])
+    now = json.loads(json.dumps(facts))
     remedy = f"choose another out, or delete {folder.parent}"
     for name in now:
         if name == "world" and then.get(name) != now[name]:
@@ -231,9 +244,7 @@ def _newest(state: TrainState, folder: Path, facts: dict) -> checkpoints.Checkpo
     if step > steps:
         raise CourseError(f"{folder.parent} holds a run of {step} steps, more than the {steps} asked for: {remedy}")
     found = checkpoints.load(found.folder, like=state.weights())
-    changed = "".join(
-        f"; {name} changed from {then.get(name)} to {now[name]}" for name in TOLD if then.get(name) != now[name]
-    )
+    changed = "".join(f"; {name} changed from {then[name]} to {now[name]}" for name in TOLD if then[name] != now[name])
     if step == steps:
         print(f"{folder.parent} holds this run, finished: to train it anew, delete that folder{changed}")
     elif step > 0 or changed:

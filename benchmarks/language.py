@@ -160,13 +160,15 @@ def prompt(config: GPT2Config, batch: int) -> Tensor:
 def writing(
     write: Callable[[GPT2, Tensor, int], Tensor], *, batch: int, new: int, config: GPT2Config = SMALLEST,
     model: Callable[[GPT2Config], GPT2] = ours, dtype: torch.dtype = torch.float32, identical: bool = True,
-    bytes_per_weight: int = 4, format: str = "fp32", **choice: Any
+    bytes_per_weight: int = 4, format: str = "fp32", gap: float = 1e-4, **choice: Any
 ) -> Pair:  # fmt: skip
     """``new`` tokens for each of ``batch`` prompts, by ``write`` and by ``transformers`` with ``choice`` in ``dtype``.
 
     A forward pass reads every weight but the table of positions; the first one also reads the prompt.
     """
     mine, theirs, ids = model(config), peer(config, dtype), prompt(config, batch)
+    with torch.inference_mode():
+        near(mine(ids), theirs(ids).logits, gap)
     mask, pad = torch.ones_like(ids), config.vocab_size - 1
     read = (config.n_parameters - config.block_size * config.n_embd) * bytes_per_weight
     return Pair(
@@ -180,6 +182,13 @@ def writing(
         bytes=float(new * read),
         format=format,
     )
+
+
+def near(ours: Tensor, theirs: Tensor, gap: float) -> None:
+    """Raise ``AssertionError`` unless the logits differ by at most ``gap`` of their norm."""
+    found = ((ours - theirs).norm() / theirs.norm()).item()
+    if not found <= gap:
+        raise AssertionError(f"the logits of the prompt differ by {found:.3g} of their norm, more than {gap:g}")
 
 
 def same_shape(ours: Tensor, theirs: Tensor) -> None:
@@ -219,8 +228,15 @@ def in_int8(config: GPT2Config) -> GPT2:
 
 # ---- rows ----
 
-BF16 = {"model": in_bf16, "dtype": torch.bfloat16, "bytes_per_weight": 2, "format": "bf16", "identical": False}
-INT8 = {"model": in_int8, "bytes_per_weight": 1, "format": "int8", "identical": False}
+BF16 = {
+    "model": in_bf16,
+    "dtype": torch.bfloat16,
+    "bytes_per_weight": 2,
+    "format": "bf16",
+    "identical": False,
+    "gap": 0.05,
+}
+INT8 = {"model": in_int8, "bytes_per_weight": 1, "format": "int8", "identical": False, "gap": 0.15}
 LOOP, TRANSFORMERS = "the usual small-GPT loop", f"transformers {version('transformers')}"
 GREEDY, BEAMS = {"do_sample": False}, {"do_sample": False, "num_beams": 5}
 SAMPLING = {"do_sample": True, "top_k": 50}

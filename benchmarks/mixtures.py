@@ -114,7 +114,7 @@ def em_pair(data: Callable[[], Tensor], *, k: int, covariance: str, steps: int, 
 ROWS = [
     Row(
         key=f"gmm-{d}",
-        workload=f"GMM EM, float64, 60,000 x {d}, K={k}, {covariance}",
+        workload=f"GMM EM, float64, 60,000 x {d}, K={k}, {covariance}" + (f", floor {reg_covar:g}" if d == 784 else ""),
         peer=f"scikit-learn {sklearn.__version__}",
         pair=functools.partial(em_pair, data, k=k, covariance=covariance, steps=steps, reg_covar=reg_covar),
         required=required,
@@ -123,7 +123,7 @@ ROWS = [
     for d, k, covariance, data, steps, reg_covar, required, aim in (
         (2, 10, "full", plane, 20, 1e-6, 4.0, 8.0),
         (50, 10, "full", components, 3, 1e-6, 1.8, 4.0),
-        # Most pixels at the border never change: without this floor their variances would be 0.
+        # Most pixels at the border never change: this floor is the variance that they are given.
         (784, 50, "diag", pixels, 2, 1e-3, 1.0, 1.8),
     )
 ]

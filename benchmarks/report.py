@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from aigc_course import doctor, plots
+from aigc_course import doctor, linear, plots
 
 from .clock import FOREIGN, RESOLUTION, TRIES, Pair, Result, Row
 from .roofline import Rates, share
@@ -57,6 +57,7 @@ def facts(threads: int) -> dict[str, str]:
         "processor": found["processor"],
         "memory": found["memory"],
         "threads": str(threads),
+        "linear layers": f"the course takes the way of {linear.road()} by itself",
         "Python": platform.python_version(),
         **{name: metadata.version(name) for name in PACKAGES},
     }
@@ -291,7 +292,8 @@ of a single couple. Python's garbage collector runs before each sample and not d
 
 MARKS = """\
 - † The peer is a script of this folder, written for the comparison in the way its users write it.
-- ‡ The course's side uses its oneDNN helper, which is off unless it proves itself on the machine."""
+- ‡ The course's side uses its oneDNN helper, forced on here as it is forced off in the
+  rows without the mark; by itself the course takes it only where it proves itself, see "linear layers" above."""
 
 ROOFLINE = """\
 These rates were measured in the same run, with as many threads. A row's share of the roofline is the time that its

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as ScikitMixture
 from torch import distributions as D
+from torch.nn import functional as F
 
 from aigc_course.datasets import toy_2d
 from aigc_course.gmm import GaussianMixture, MixtureError, e_step, gaussian_log_prob, m_step
@@ -476,3 +477,28 @@ def test_of_several_starts_a_collapsed_one_is_passed_over():
         collapsing.fit(x)
     several = GaussianMixture(4, reg_covar=0.0, n_init=10).fit(x)
     assert several.log_likelihoods_[-1] == pytest.approx(several.log_prob(x).mean().item())
+
+
+@pytest.mark.parametrize("covariance", ["full", "diag"])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_narrow_components_far_apart_keep_their_digits(covariance, offset):
+    """Two clouds a thousand of their own widths apart, and the origin further still: products lose what differences do
+    not, and float32 loses it first."""
+    rng = rng_for("narrow", covariance)
+    clouds = torch.tensor([[0.0, 0.0], [1000.0, -1000.0]], dtype=torch.float64).repeat_interleave(500, 0)
+    x = (clouds + torch.randn(1000, 2, generator=rng, dtype=torch.float64) + offset).float()
+    hard = F.one_hot(torch.arange(2).repeat_interleave(500), 2)
+    exact = m_step(x.double(), hard.double(), covariance=covariance)
+    rounded = m_step(x, hard.float(), covariance=covariance)
+    torch.testing.assert_close(rounded[2].double(), exact[2], rtol=1e-3, atol=1e-2)
+    far = e_step(x, *(parameter.float() for parameter in exact))[1]
+    near = e_step(x.double(), *(parameter.float().double() for parameter in exact))[1]
+    torch.testing.assert_close(far.double(), near, rtol=1e-3, atol=2e-2)
+    clouds = [
+        torch.distributions.MultivariateNormal(m, torch.diag(c) if c.ndim == 1 else c)
+        for m, c in zip(*exact[1:], strict=True)
+    ]
+    by_torch = torch.stack([w.log() + c.log_prob(x.double()) for w, c in zip(exact[0], clouds, strict=True)]).logsumexp(
+        0
+    )
+    torch.testing.assert_close(e_step(x.double(), *exact)[1], by_torch, rtol=1e-9, atol=1e-9)

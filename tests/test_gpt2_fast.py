@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from aigc_course import recipes
+from aigc_course.generate import generate
 from aigc_course.gpt2 import GPT2, Decoder, GPT2Config, GPT2Error, Int8GPT2, Int8Linear, KVCache, lm_losses
 from aigc_course.recipes.language import texts, token_rows
 from aigc_course.runtime import rng_for
@@ -57,6 +58,20 @@ def test_what_a_cache_gave_is_not_overwritten_later():
     assert torch.equal(k, kept)
 
 
+def test_a_cache_goes_from_one_mode_of_autograd_to_another(model):
+    ids = ids_of(1, 6)
+    whole = model(ids).detach()
+    for first, second in [(torch.inference_mode, torch.no_grad), (torch.enable_grad, torch.no_grad)]:
+        cache = KVCache()
+        with first():
+            model(ids[:, :4], cache=cache)
+        with second():
+            logits = [model(ids[:, column : column + 1], cache=cache) for column in (4, 5)]
+        torch.testing.assert_close(torch.cat(logits, 1), whole[:, 4:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(GPT2Error, match="length is -1"):
+        cache.crop(-1)
+
+
 def test_gradients_pass_through_a_cache(model):
     ids = ids_of(2, 12)
     cache = KVCache()
@@ -83,6 +98,24 @@ def test_the_decoder_gives_what_the_model_gives(model, kind, rows):
     for column in range(9, 40):
         whole = net.hidden(ids[:, column : column + 1], cache=caches[0])[:, 0]
         assert torch.equal(decoder.hidden(ids[:, column], caches[1]), whole)
+
+
+def test_what_is_hooked_into_a_model_is_heard_at_every_token(model):
+    """People watch and steer a model by hooks; with any, or with parts of its own, a model reads by its modules."""
+    ids, heard = ids_of(1, 5), []
+    assert Decoder.plain(model)
+    hook = model.blocks[1].mlp.register_forward_hook(lambda *_: heard.append(1))
+    generate(model, ids, max_new_tokens=4, temperature=0)
+    assert len(heard) == 4 and not Decoder.plain(model)
+    hook.remove()
+
+    class Muted(type(model.blocks[0].mlp)):
+        def forward(self, x):
+            return 0 * x
+
+    model.blocks[0].mlp = Muted(CONFIG)
+    assert not Decoder.plain(model)
+    assert generate(model, ids, max_new_tokens=4, temperature=0).shape == (1, 9)
 
 
 @torch.inference_mode()

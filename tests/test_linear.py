@@ -143,6 +143,20 @@ def test_what_does_not_fit_goes_the_public_way(onednn, products):
     assert not products
 
 
+def test_overlapping_rows_and_transposed_weights(onednn, products):
+    """What a view repeats or turns round is multiplied as if it were a tensor of its own."""
+    x, weight, bias, grad = tensors(128, 300, 200)
+    rows, turned = x[:1].expand(128, 300), weight.detach().t().contiguous().t().requires_grad_()
+    ours, plain = linear(rows, turned, bias), F.linear(rows, turned, bias)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-3)
+    inputs = (x, turned, bias)
+    for a, b in zip(torch.autograd.grad(ours, inputs, grad), torch.autograd.grad(plain, inputs, grad), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * b.abs().max().item())
+    wide = weight.detach()[:1].expand(200, 300)
+    torch.testing.assert_close(linear(x, wide, bias), F.linear(x, wide, bias), rtol=1e-5, atol=1e-3)
+    assert products
+
+
 def test_one_row_in_bfloat16_is_the_same_product():
     x, weight, bias, _ = (t.detach().bfloat16() for t in tensors(1, 768, 2304))
     with torch.no_grad():
@@ -174,18 +188,29 @@ def test_training_goes_either_way_to_the_same_weights(onednn):
     torch.testing.assert_close(trained("onednn"), trained("torch"), rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_tells_when_it_goes_on_the_other_way(onednn, tmp_path, capsys):
-    def run(name: str) -> None:
+@pytest.mark.parametrize("began", ["onednn", "torch"])
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_run_goes_on_the_way_that_it_began(onednn, monkeypatch, tmp_path, capsys, began, forced):
+    """Whatever the clock says the second time, unless the reader says otherwise, which is told."""
+    taken, other = [], {"onednn": "torch", "torch": "onednn"}[began]
+
+    def run(name: str, steps: int) -> None:
+        net = nn.Linear(2, 2)
+        state = TrainState({"net": net}, {"net": torch.optim.SGD(net.parameters(), lr=0.1)})
+
+        def step(state, batch, rng):
+            taken.append(road())
+            state.minimize("net", net(batch).square().mean())
+            return {}
+
         with taking(name):
-            net = nn.Linear(2, 2)
-            state = TrainState({"net": net}, {"net": torch.optim.SGD(net.parameters(), lr=0.1)})
+            fit(step, state, torch.ones(8, 2), TrainConfig(steps=steps, batch_size=4, device="cpu"), out=tmp_path)
+            assert road() == name
 
-            def step(state, batch, rng):
-                state.minimize("net", net(batch).square().mean())
-                return {}
-
-            fit(step, state, torch.ones(8, 2), TrainConfig(steps=2, batch_size=4, device="cpu"), out=tmp_path)
-
-    run("onednn")
-    run("torch")
-    assert "linear changed from onednn to torch" in capsys.readouterr().out
+    monkeypatch.delenv("AIGC_LINEAR", raising=False)
+    run(began, 1)
+    if forced:
+        monkeypatch.setenv("AIGC_LINEAR", other)
+    run(other, 2)
+    assert taken == [began, other if forced else began]
+    assert (f"linear changed from {began} to {other}" in capsys.readouterr().out) == forced

@@ -126,7 +126,7 @@ class _Reader:
 
     def __init__(self, model: GPT2, ids: Tensor, attention_mask: Tensor | None, stacklevel: int = 4):
         self.model, self.ids, self.real = model, ids, check_prompt(model, ids, attention_mask)
-        self.decoder = Decoder(model)
+        self.decoder = Decoder(model) if Decoder.plain(model) else None
         self.seen = self.real.clone()  # what of it the model looks at
         size, longest = model.config.block_size, int(self.real.sum(1).max())
         if longest > size:
@@ -143,7 +143,7 @@ class _Reader:
         unread = self.ids[:, self.start + self.cache.length :]
         mask = self.seen[:, self.start :].long() if self.padded else None
         with _eval_mode(self.model):
-            if unread.shape[1] == 1 and mask is None and self.cache.length > 0:
+            if self.decoder and unread.shape[1] == 1 and mask is None and self.cache.length > 0:
                 hidden = self.decoder.hidden(unread[:, 0], self.cache)
             else:
                 hidden = self.model.hidden(unread, attention_mask=mask, cache=self.cache)[:, -1]

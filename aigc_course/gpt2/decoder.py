@@ -9,11 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from .model import GPT2, KVCache
+from .model import GPT2, MLP, Block, CausalSelfAttention, KVCache
 
 
 class Decoder:
-    """Reads on with ``model``, which must be in evaluation mode; hooks of its modules are not called."""
+    """Reads on with ``model``, which must be in evaluation mode and ``plain``."""
 
     def __init__(self, model: GPT2):
         self.n_head, self.norm_f = model.config.n_head, self._norm(model.ln_f)
@@ -25,6 +25,13 @@ class Decoder:
             )
             for block in model.blocks
         ]  # fmt: skip
+
+    @staticmethod
+    def plain(model: GPT2) -> bool:
+        """Whether ``model`` computes as here: made of the course's own parts, and nothing hooked into them."""
+        kinds = {(type(block), type(block.attn), type(block.mlp)) for block in model.blocks}
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        return kinds == {(Block, CausalSelfAttention, MLP)} and type(model).hidden is GPT2.hidden and not hooked
 
     @staticmethod
     def _norm(layer: torch.nn.LayerNorm) -> tuple:

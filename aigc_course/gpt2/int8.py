@@ -1,4 +1,4 @@
-"""GPT-2 with weights of eight bits: a quarter of the memory, and of the time that reading it takes."""
+"""GPT-2 with linear layers of eight bits: a quarter of the time that reading them takes."""
 
 import torch
 from jaxtyping import Float
@@ -11,8 +11,9 @@ from .model import GPT2
 class Int8Linear(nn.Module):
     """A linear layer with a weight (outputs, inputs) of whole numbers from -127 to 127, and a scale for each output.
 
-    Inputs are rounded alike, each row with a scale of its own, so that the products are of whole numbers and exact:
-    the "vector-wise quantization" of Dettmers et al. (2022, arXiv:2208.07339, section 3.1), without its outliers.
+    Inputs are rounded alike, each row with a scale of its own, so that whole numbers are multiplied: exactly on a CPU;
+    elsewhere in float32, which is right and not fast. This is the "vector-wise quantization" of Dettmers et al. (2022,
+    arXiv:2208.07339, section 3.1), without its outliers.
     """
 
     def __init__(self, weight: Float[Tensor, "outputs inputs"], bias: Float[Tensor, "outputs"] | None):
@@ -37,12 +38,13 @@ def quantize(x: Float[Tensor, "n d"]) -> tuple[Tensor, Float[Tensor, "n 1"]]:
 class Int8GPT2(GPT2):
     """A copy of ``model`` for writing and judging text, its linear layers in int8; it is neither trained nor saved.
 
-    How much its perplexity differs is a matter of the model: measure it.
+    The embeddings stay in float32, that of the tokens beside the head made of it. How much the perplexity differs is a
+    matter of the model: measure it.
     """
 
     def __init__(self, model: GPT2):
         super().__init__(model.config, None)
-        self.load_state_dict(model.state_dict(), assign=True)
+        self.load_state_dict({k: v.detach().float().clone() for k, v in model.state_dict().items()}, assign=True)
         self.head = Int8Linear(self.wte.weight, None)
         for block in self.blocks:
             for part, name in ((block.attn, "qkv"), (block.attn, "proj"), (block.mlp, "fc"), (block.mlp, "proj")):

@@ -105,9 +105,11 @@ class KVCache:
             self._rooms.append([k[:, :, :0], v[:, :, :0]])
             self._lengths.append(0)
         rooms, past, length = self._rooms[layer], self._lengths[layer], self._lengths[layer] + k.shape[2]
-        if length > rooms[0].shape[2] or k.requires_grad:  # gradients ask that nothing be overwritten
+        kept = k.requires_grad or rooms[0].requires_grad  # backward asks that nothing be overwritten
+        locked = rooms[0].is_inference() and not torch.is_inference_mode_enabled()
+        if length > rooms[0].shape[2] or kept or locked:
             for i, new in enumerate((k, v)):
-                free = new.new_empty(*new.shape[:2], 0 if k.requires_grad else self.ROOM, new.shape[3])
+                free = new.new_empty(*new.shape[:2], 0 if kept else self.ROOM, new.shape[3])
                 rooms[i] = torch.cat([rooms[i][:, :, :past], new, free], dim=2)
         else:
             rooms[0][:, :, past:length], rooms[1][:, :, past:length] = k, v
@@ -120,6 +122,8 @@ class KVCache:
 
     def crop(self, length: int) -> None:
         """Forget all tokens after the first ``length``."""
+        if length < 0:
+            raise GPT2Error(f"length is {length}: a cache keeps 0 tokens or more")
         self._lengths = [min(length, past) for past in self._lengths]
 
 
