@@ -171,6 +171,10 @@ class TrainState:
         for name, optimizer in self.optimizers.items():
             now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
             optimizer.load_state_dict(training["optimizers"][name])
+            for parameter, moments in optimizer.state.items():
+                for key, value in moments.items():  # fused optimizers go through memory, whatever the order in it
+                    if isinstance(value, Tensor) and value.shape == parameter.shape:
+                        moments[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
             if keep_settings:
                 for group, settings in zip(optimizer.param_groups, now, strict=True):
                     group.update(settings)

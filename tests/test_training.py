@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from aigc_course import checkpoints
-from aigc_course.runtime import CourseError, only_process
+from aigc_course.runtime import CourseError, only_process, rng_for
 from aigc_course.state import NotFiniteError, TrainConfig, TrainState
 from aigc_course.training import epoch_order, fit, step_rng
 from faults import workers
@@ -547,3 +547,25 @@ def test_more_steps_go_on_where_the_run_ended(tmp_path):
 def test_bad_input_gets_one_clear_error(make, message):
     with pytest.raises(CourseError, match=message):
         make()
+
+
+@pytest.mark.parametrize("options", [{}, {"fused": True}])
+def test_the_moments_of_weights_in_another_order_of_memory_are_restored_in_it(tmp_path, options):
+    """A fused optimizer pairs weights and moments by their place in memory, so both must be in channels_last."""
+
+    def trained(steps: int, out) -> torch.Tensor:
+        net = nn.Conv2d(3, 4, 3, bias=False)
+        nn.init.normal_(net.weight, generator=rng_for("conv"))
+        net.to(memory_format=torch.channels_last)
+        state = TrainState({"net": net}, {"net": torch.optim.Adam(net.parameters(), lr=0.1, **options)})
+
+        def step(state, batch, rng):
+            state.minimize("net", net(batch).square().mean())
+            return {}
+
+        data = torch.randn(8, 3, 6, 6, generator=rng_for("images"))
+        fit(step, state, data, TrainConfig(steps=steps, batch_size=4, device="cpu"), out=out)
+        return net.weight.detach()
+
+    trained(3, tmp_path / "half")
+    assert torch.equal(trained(6, tmp_path / "half"), trained(6, tmp_path / "whole"))
