@@ -7,6 +7,9 @@ only once it has proved itself in this process: the same result, the same gradie
 
 ``AIGC_LINEAR=torch`` never takes it, ``AIGC_LINEAR=onednn`` takes it without looking at the clock. Sums are added up in
 another order, so results agree to rounding; each way gives the same bits every time.
+
+oneDNN prepares, and keeps, a program for each shape that it meets. Where the number of rows is another one in every
+batch these add up to gigabytes, so it is rounded up with rows of zeros.
 """
 
 import os
@@ -68,6 +71,18 @@ def linear(
         return y if bias is None else y + bias
     if not _fits(x, weight, bias) or road() == "torch":
         return F.linear(x, weight, bias)
+    n = x.shape[:-1].numel()
+    if extra := _extra(n):
+        return _onednn(F.pad(x.flatten(0, -2), (0, 0, 0, extra)), weight, bias)[:n].view(*x.shape[:-1], -1)
+    return _onednn(x, weight, bias)
+
+
+def _extra(n: int) -> int:
+    """How many rows to add to n for one of few numbers: eight between a power of two and the next."""
+    return -n % (1 << n.bit_length() - 4) if n > 64 else 0
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _Linear.apply(x, weight, bias)
     return _product(x, weight, bias)
@@ -92,10 +107,15 @@ class _Linear(torch.autograd.Function):
         rows, edges = grad.flatten(0, -2), ctx.next_functions  # one fewer without a bias
         for_x, for_weight, for_bias = (*map(_wanted, edges), False)[:3]
         return (
-            linear(grad, weight.t()) if for_x else None,
-            linear(rows.t(), x.flatten(0, -2).contiguous().t()) if for_weight else None,
+            _again(grad, weight.t()) if for_x else None,
+            _again(rows.t(), x.flatten(0, -2).contiguous().t()) if for_weight else None,
             rows.sum(0) if for_bias else None,
         )
+
+
+def _again(x: Tensor, weight: Tensor) -> Tensor:
+    """``linear`` in backward, where the rows have been rounded up."""
+    return _onednn(x, weight, None) if _fits(x, weight, None) and road() == "onednn" else F.linear(x, weight)
 
 
 def _wanted(edge: tuple) -> bool:

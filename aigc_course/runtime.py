@@ -1,6 +1,7 @@
 """This machine: where files live, which device and precision to use, and where randomness comes from."""
 
 import contextlib
+import ctypes
 import errno
 import hashlib
 import operator
@@ -129,3 +130,15 @@ def seed_for(*key: int | str) -> int:
 def rng_for(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
     """A generator whose stream is a pure function of ``key``; the global generators are left alone."""
     return torch.Generator(device=device).manual_seed(seed_for(*key))
+
+
+def keep_freed_memory() -> None:
+    """Have Linux's glibc keep up to 256 MB of freed memory for what comes next; other systems do as they always do.
+
+    Otherwise it goes back to the system after each step of training, to be fetched anew, page by page, in the next one.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        library.gnu_get_libc_version  # noqa: B018  (another library may give these numbers another meaning)
+        library.mallopt(-1, 256 * 2**20)  # M_TRIM_THRESHOLD
+        library.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD: at most what glibc itself would arrive at

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoints, linear, ranks
-from .runtime import CourseError, only_process, pick_device, pick_precision, rng_for, seed_for
+from .runtime import CourseError, keep_freed_memory, only_process, pick_device, pick_precision, rng_for, seed_for
 from .state import NotFiniteError, TrainConfig, TrainState
 
 # A run may go on with other values of these; of those in TOLD fit says that they changed.
@@ -95,6 +95,7 @@ def _run(step, state: TrainState, data: Data, config: TrainConfig, out: Path | N
         )
     if config.batch_size % world:
         raise CourseError(f"batch_size is {config.batch_size}: it must be a multiple of the {world} ranks")
+    keep_freed_memory()
     state.prepare(device, config.clip_norm, config.ema)
     folder = out / "checkpoints" if out is not None else None
     facts = {**asdict(config), "device": device.type, "precision": str(dtype), "world": world}

@@ -35,7 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler talks of its own affairs
     import torch
 
+    from aigc_course.runtime import keep_freed_memory
+
     torch.set_num_threads(args.threads)
+    keep_freed_memory()  # as fit does, so that both sides have it from the first sample on
     chosen = rows()
     if unknown := sorted(set(args.key) - {row.key for row in chosen}):
         parser.error(f"there is no row {unknown[0]}: the rows are {', '.join(row.key for row in chosen)}")

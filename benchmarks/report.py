@@ -288,7 +288,8 @@ checks that the two sides computed the same, as far as that can be said of them.
 taken again if during either of them other processes used more than {0:g} of one core (beyond the {1:.0f} ms that
 the machine's own clock may be off); a row gives up after {2} times as many couples as it wants. The ratio, their
 seconds over ours, is that of the medians of the couples that are left; beside it stand the least and the greatest ratio
-of a single couple. Python's garbage collector runs before each sample and not during one."""
+of a single couple. Python's garbage collector runs before each sample and not during one; freed memory is kept for
+both sides alike, as `fit` has it (`runtime.keep_freed_memory`)."""
 
 MARKS = """\
 - † The peer is a script of this folder, written for the comparison in the way its users write it.

@@ -60,7 +60,7 @@ def test_result_and_gradients_are_those_of_torch(onednn, products, shape, leadin
 
 def test_gradients_of_gradients_are_those_of_torch(onednn):
     """A penalty on the norm of a gradient, as GANs pay it."""
-    x, weight, offset, _ = tensors(128, 300, 200)
+    x, weight, offset, _ = tensors(130, 300, 200)
 
     def penalty(layer) -> list[torch.Tensor]:
         (slope,) = torch.autograd.grad(layer(x, weight, offset).tanh().sum(), x, create_graph=True)
@@ -78,6 +78,22 @@ def test_a_gradient_that_nobody_asks_for_is_not_computed(onednn, products):
     loss.backward(inputs=list(ours.parameters()))
     assert theirs.weight.grad is None and ours.weight.grad is not None and x.grad is None
     assert products == [(128, 300, 300), (128, 300, 250), (250, 128, 300)]
+
+
+def test_batches_of_all_sizes_have_few_shapes(onednn, products):
+    """oneDNN keeps a program for each: gigabytes, where every batch had another number of rows."""
+    weight = torch.ones(200, 100, requires_grad=True)
+    for n in range(27, 1025):
+        y = linear(torch.ones(n, 100), weight)
+        assert y.shape == (n, 200)
+        y.sum().backward()
+        assert weight.grad[0, 0] == n
+        weight.grad = None
+        rows = products[0][0]
+        assert n <= rows <= n * 9 / 8
+        products.clear()
+        if n > 64:
+            assert rows % 8 == 0 and rows // (rows & -rows) < 16  # at most four digits in base 2, and zeros
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])

@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -569,3 +570,30 @@ def test_the_moments_of_weights_in_another_order_of_memory_are_restored_in_it(tm
 
     trained(3, tmp_path / "half")
     assert torch.equal(trained(6, tmp_path / "half"), trained(6, tmp_path / "whole"))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
+def test_steps_do_not_fetch_their_memory_anew():
+    """A language model of a wide vocabulary: its later steps touch few new pages of 4 KB."""
+    program = """
+import resource, torch
+from aigc_course.gpt2 import GPT2, GPT2Config, lm_step
+from aigc_course.runtime import rng_for
+from aigc_course.state import TrainConfig, TrainState
+from aigc_course.training import fit
+
+net, faults = GPT2(GPT2Config(vocab_size=4096, block_size=64, n_layer=2, n_head=4, n_embd=192), rng_for(0)), []
+
+def step(state, batch, rng):
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    return lm_step(state, batch, rng)
+
+state = TrainState({"gpt2": net}, {"gpt2": torch.optim.AdamW(net.parameters(), fused=True)})
+texts = torch.randint(4096, (400, 65), generator=rng_for(1))
+texts[torch.arange(65) > torch.randint(30, 65, (400, 1), generator=rng_for(2))] = -100
+fit(step, state, texts, TrainConfig(steps=60, batch_size=16, device="cpu"))
+print((faults[-1] - faults[-21]) / 20)
+"""
+    command, env = [sys.executable, "-c", program], os.environ | {"AIGC_LINEAR": "torch"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, encoding="utf-8", check=True)
+    assert float(done.stdout.splitlines()[-1]) < 1000
