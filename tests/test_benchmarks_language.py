@@ -1,5 +1,6 @@
 """The peers of language do what ours do, the rows notice when they do not, and cost against size is told in full."""
 
+import copy
 import sys
 from dataclasses import replace
 from functools import partial
@@ -59,16 +60,25 @@ def test_batches_of_the_small_gpt():
 def test_training_pair():
     """Both sides train as long, go on where they ended, and learn as much."""
     pair = language.training(TINY, 8, 20)
-    first = pair.ours(), pair.theirs()
-    pair.check(*first)
-    for _ in range(3):
-        last = pair.ours(), pair.theirs()
-        pair.check(*last)
+    text = language.shakespeare()[: 16 * 17].view(16, 17)
+
+    def losses() -> tuple[float, float]:
+        ours, theirs = pair.ours(), pair.theirs()
+        pair.check(ours, theirs)
+        with torch.no_grad():
+            return language.lm_losses(ours, text).mean().item(), theirs(text[:, :-1], text[:, 1:].contiguous())[
+                1
+            ].item()
+
+    first = losses()
+    last = [losses() for _ in range(3)][-1]
     assert last[0] < first[0] - 0.3 and last[1] < first[1] - 0.3
     assert (pair.units, pair.unit, pair.format) == (20, "step", "fp32")
-    for bad in (last[1] + 1, float("nan")):
-        with pytest.raises(AssertionError, match="the loss of the last step is"):
-            pair.check(bad, last[1])
+    for damage in (50.0, float("nan")):
+        spoilt = copy.deepcopy(pair.ours())
+        spoilt.ln_f.weight.data *= damage
+        with pytest.raises(AssertionError, match="the loss of eight windows is"):
+            pair.check(spoilt, pair.theirs())
 
 
 def test_training_flops():
