@@ -16,7 +16,7 @@ SOURCE := (the first time, this downloads about 3 GB on Linux, PyTorch with CUDA
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help course lab test faults bench notebooks lock wheelhouse audit clean
+.PHONY: help course lab test faults browser bench notebooks lock wheelhouse audit clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -37,6 +37,9 @@ test: .venv/.ready ## lint and run every test
 
 faults: .venv/.ready ## inject every fault as often as tests/faults/table.py says (15 minutes)
 	AIGC_FAULTS=full .venv/bin/python -m pytest tests/faults
+
+browser: .venv/.ready ## drive lessons in JupyterLab with the system's Chromium: build/browser/ (10 minutes)
+	.venv/bin/python -m pytest -s tests/browser/lessons.py
 
 bench: .venv/.ready ## time the course beside what one would use instead: benchmarks/RESULTS.md (25 minutes, an idle machine)
 	.venv/bin/python -m benchmarks

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__
+from . import __version__, classroom
 
 PUBLISHED = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -275,6 +275,9 @@ def _parser() -> argparse.ArgumentParser:
     keep = lessons.add_mutually_exclusive_group()
     keep.add_argument("--bands", action="store_true", help="measure the figures over five seeds, into data/bands")
     keep.add_argument("--store", action="store_true", help="write the executed lessons back into notebooks/")
+
+    teaching = commands.add_parser("class", help="Hand out the lessons to a class, and grade what comes back.")
+    classroom.add_commands(add, teaching.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
     data = commands.add_parser("data", help="Look after the data sets.")
     add("check", check_data, data.add_subparsers(title="commands", metavar="COMMAND", required=True))

@@ -2,6 +2,8 @@
 
 import functools
 import io
+import logging
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
@@ -17,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager, get_font
 from matplotlib.patches import Ellipse
+from PIL import Image
 from torch import Tensor
 
 from .datasets import DataError, verified_bytes
@@ -30,6 +34,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",
+    "axes.titley": 1.0,  # no search for room above tick labels, which are never on top: a figure is drawn quicker
     "axes.labelsize": 10,
     "figure.dpi": 100,
     "savefig.dpi": 100,
@@ -90,12 +95,51 @@ def canvas(
         yield figure, figure.subplots(rows, columns, **options)
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
+def png(figure: Figure, compress_level: int = 6) -> bytes:
+    """The figure as a PNG file. Raises ``CourseError`` if a text in it has a character that no font has."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context(_style()):
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+    with matplotlib.rc_context(_style()), _no_boxes():
+        # as figure.savefig does, which draws everything twice, the first time for the layout alone
+        drawn = FigureCanvasAgg(figure)
+        drawn.draw()
+    pixels = np.asarray(drawn.buffer_rgba())[..., :3]  # nothing shines through, and the fourth channel is an eighth
+    Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "PNG", compress_level=compress_level)
     return buffer.getvalue()
+
+
+@contextmanager
+def _no_boxes() -> Iterator[None]:
+    """Matplotlib warns of a missing glyph and draws a box, or a wrong sign in a formula; here that is an error.
+
+    Not so where the font of the course is missing: then boxes were announced.
+    """
+    if len(_families()) == 1:
+        yield
+        return
+    formulas = logging.getLogger("matplotlib.mathtext")
+    formulas.addFilter(_refuse)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", r"Glyph \d+ ", UserWarning)
+            yield
+    except UserWarning as warning:
+        if (found := re.match(r"Glyph (\d+) \((.*?)\) missing", str(warning))) is None:
+            raise
+        raise _boxed(int(found[1]), found[2]) from None
+    finally:
+        formulas.removeFilter(_refuse)
+
+
+def _refuse(record: logging.LogRecord) -> bool:
+    """A filter for what the parser of formulas says: a character that it replaces is an error."""
+    if "does not have a glyph" in record.msg:
+        raise _boxed(record.args[2], "in a formula")
+    return True
+
+
+def _boxed(code: int, where: str) -> CourseError:
+    remedy = "write it in another way, or hand the text through plots.readable"
+    return CourseError(f"a figure's text has U+{code:04X} ({where}), which no font of the course can draw: {remedy}")
 
 
 def bundle(figure: Figure, alt: str) -> tuple[dict, dict]:
@@ -221,7 +265,7 @@ def probability_bars(
     shown = [True] * n if kept is None else kept.tolist()
     colours = [COLOURS[0] if keep else GREY for keep in shown]
     bars = axes.barh(range(n), probabilities.detach().float().cpu().numpy(), color=colours)
-    axes.bar_label(bars, fmt="{:.3f}", padding=3, fontsize=8)
+    axes.bar_label(bars, fmt="{:.3f}", padding=3)
     axes.set_yticks(range(n), [readable(label) for label in labels])
     axes.invert_yaxis()
     axes.margins(x=0.12)

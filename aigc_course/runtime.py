@@ -6,6 +6,7 @@ import errno
 import hashlib
 import operator
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -130,6 +131,12 @@ def seed_for(*key: int | str) -> int:
 def rng_for(*key: int | str, device: str | torch.device = "cpu") -> torch.Generator:
     """A generator whose stream is a pure function of ``key``; the global generators are left alone."""
     return torch.Generator(device=device).manual_seed(seed_for(*key))
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
 
 
 def keep_freed_memory() -> None:

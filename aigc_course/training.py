@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 
 from . import checkpoints, linear, ranks
-from .runtime import CourseError, keep_freed_memory, only_process, pick_device, pick_precision, rng_for, seed_for
+from .runtime import (
+    CourseError,
+    in_notebook,
+    keep_freed_memory,
+    only_process,
+    pick_device,
+    pick_precision,
+    rng_for,
+    seed_for,
+)
 from .state import NotFiniteError, TrainConfig, TrainState
 
 # A run may go on with other values of these; of those in TOLD fit says that they changed.
@@ -115,7 +124,7 @@ def _run(step, state: TrainState, data: Data, config: TrainConfig, out: Path | N
         _signals_held() as arrived,
         _global_rng_kept(device),
         linear.taking(facts["linear"]),
-        Progress(config.steps) as progress,
+        Progress(config.steps, state.step_count) as progress,
     ):
         try:
             while state.step_count < config.steps and not (stop := ranks.largest(max(arrived, default=0))):
@@ -300,8 +309,8 @@ def _global_rng_kept(device: torch.device) -> Iterator[None]:
 class Progress:
     """One line, updated in place at most twice a second: a display in a notebook, a bar in a terminal, else nothing."""
 
-    def __init__(self, steps: int, every: float = 0.5):
-        self.steps, self.every = steps, every
+    def __init__(self, steps: int, begun: int = 0, every: float = 0.5):
+        self.steps, self.begun, self.every = steps, begun, every
 
     def __enter__(self) -> "Progress":
         self.start, self.shown, self.step, self.line, self.handle = time.monotonic(), -math.inf, 0, "", None
@@ -314,13 +323,16 @@ class Progress:
     def update(self, step: int, figures: dict[str, float]) -> None:
         self.step, now = step, time.monotonic()
         numbers = " · ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        self.line = f"step {step}/{self.steps} · {numbers} · {now - self.start:.0f} s"
+        seconds = now - self.start
+        left = seconds * (self.steps - step) / max(1, step - self.begun)
+        rest = f", about {f'{left:.0f} s' if left < 100 else f'{left / 60:.0f} min'} left" if step < self.steps else ""
+        self.line = f"step {step}/{self.steps} · {numbers} · {seconds:.0f} s{rest}"
         if now - self.shown >= self.every:
             self.shown = now
             self._show()
 
     def _show(self, last: bool = False) -> None:
-        if _in_notebook():
+        if in_notebook():
             from IPython.display import display
 
             bundle = {"text/plain": self.line}
@@ -333,9 +345,3 @@ class Progress:
             bar = f"[{'#' * filled}{'.' * (20 - filled)}]"
             line = f"{bar} {self.line}"[: shutil.get_terminal_size().columns - 1]  # a wrapped line cannot be redrawn
             print(f"\r\033[K{line}", end="\n" if last else "", file=sys.stderr, flush=True)
-
-
-def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and hasattr(shell, "kernel")

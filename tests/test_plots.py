@@ -1,6 +1,8 @@
 """Figures and sliders: what is drawn is what was given, and nobody who cannot see it is left out."""
 
 import io
+import json
+import re
 import warnings
 from collections import Counter
 
@@ -11,7 +13,7 @@ import torch
 
 from aigc_course import plots, widgets
 from aigc_course.datasets import verified_bytes
-from aigc_course.runtime import CourseError
+from aigc_course.runtime import CourseError, course_dir
 
 RAMP = torch.linspace(-1, 1, 2 * 1 * 3 * 4).reshape(2, 1, 3, 4)
 
@@ -71,7 +73,7 @@ def test_a_figure_is_shown_with_its_alternative_text(monkeypatch):
         plots.present(figure, " ")
 
 
-def test_a_live_figure_is_displayed_once_and_updated_in_place_afterwards(monkeypatch):
+def test_a_place_is_displayed_once_and_updated_afterwards(monkeypatch):
     calls = []
 
     class Handle:
@@ -84,7 +86,7 @@ def test_a_live_figure_is_displayed_once_and_updated_in_place_afterwards(monkeyp
         return Handle()
 
     monkeypatch.setattr("IPython.display.display", display)
-    live = widgets.LiveFigure()
+    live = widgets.Place()
     assert not calls
     for height in (1.0, 2.0, 3.0):
         with plots.canvas() as (figure, axes):
@@ -101,7 +103,7 @@ def test_a_live_figure_is_displayed_once_and_updated_in_place_afterwards(monkeyp
     assert len(calls) == 3
 
 
-def test_two_live_figures_have_a_place_each(monkeypatch):
+def test_two_places_are_apart(monkeypatch):
     """With IPython's own display: what is published has two names, and each is updated under its own."""
     published = []
 
@@ -114,7 +116,7 @@ def test_two_live_figures_have_a_place_each(monkeypatch):
     monkeypatch.setattr("IPython.core.interactiveshell.InteractiveShell.instance", lambda: shell)
     with plots.canvas() as (figure, _):
         pass
-    live, other = widgets.LiveFigure(), widgets.LiveFigure()
+    live, other = widgets.Place(), widgets.Place()
     for one, alt in ((live, "a"), (other, "b"), (live, "c"), (other, "d")):
         one.update(figure, alt)
     assert [(text, alt, update) for text, alt, _, update in published] == [
@@ -235,6 +237,101 @@ def test_without_the_font_figures_are_drawn_and_one_line_says_so(fresh_fonts, mo
     ours = [str(warning.message) for warning in caught if "boxes" in str(warning.message)]
     assert len(ours) == 1 and str(tmp_path / "data" / plots.FONT) in ours[0] and "\n" not in ours[0]
     assert any("Glyph" in str(warning.message) and "missing" in str(warning.message) for warning in caught)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a bird: 🦜", r"U\+1F99C \(\\N\{PARROT\}\)"),
+        ("no letter: \ufdd0", r"U\+FDD0"),
+        ("$\\lambda$ 春", r"U\+6625 \(in a formula\)"),
+    ],
+)
+@pytest.mark.parametrize("place", ["title", "tick", "annotation"])
+def test_a_character_that_no_font_has_is_an_error_that_names_it(text, told, place):
+    with plots.canvas() as (figure, axes):
+        if place == "title":
+            axes.set_title(text)
+        elif place == "tick":
+            axes.set_xticks([0.5], [text])
+        else:
+            axes.annotate(text, (0.5, 0.5))
+    with pytest.raises(CourseError, match=told) as caught:
+        plots.bundle(figure, "A figure with a text.")
+    assert "plots.readable" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_other_warnings_stay_warnings():
+    with plots.canvas() as (figure, axes):
+        axes.set_title("plain")
+        figure.draw = lambda *args, draw=figure.draw: warnings.warn("something else", stacklevel=1) or draw(*args)
+    with pytest.warns(UserWarning, match="something else"):
+        assert plots.png(figure)
+
+
+def test_a_lesson_draws_in_no_other_way():
+    """Each of its figures goes through ``plots.png``, which finds boxes."""
+    for path in (course_dir() / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                assert not re.search(r"pyplot|savefig|plt\.|rcParams|use\(", "".join(cell["source"])), cell["id"]
+
+
+# --- One style --------------------------------------------------------------------------------------------------------
+
+# What a linear colour becomes for the three forms of colour blindness in full (Machado et al. 2009, severity 1).
+BLINDNESS = {
+    "none": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.3039]],
+}
+
+
+def cielab(colour, matrix):
+    """Lightness and two colour axes, in which distances are about what people see (2.3 is just noticeable)."""
+    rgb = np.array(matplotlib.colors.to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = (np.array(matrix) @ linear).clip(0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ seen
+    t = xyz / [0.9505, 1.0, 1.089]
+    f = np.where(t > (6 / 29) ** 3, np.cbrt(t), t / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("blindness", BLINDNESS)
+def test_curves_are_told_apart_by_everyone(blindness):
+    """Up to four curves in a figure: each differs from the others, and from the white of the page."""
+    seen = [cielab(colour, BLINDNESS[blindness]) for colour in (*plots.COLOURS[:4], "white")]
+    assert min(np.linalg.norm(a - b) for i, a in enumerate(seen) for b in seen[:i]) > 10
+    with plots.canvas() as (_, axes):
+        plots.lines(axes, [0, 1], {str(i): [0, i] for i in range(4)}, title="t", xlabel="x", ylabel="y")
+    assert [line.get_color() for line in axes.lines] == list(plots.COLOURS[:4])
+    assert len({line.get_linestyle() for line in axes.lines}) == 4  # and without any colour
+
+
+def test_red_and_green_would_not_pass():
+    """The control of the test above."""
+    red, green = (cielab(colour, BLINDNESS["deuteranopia"]) for colour in ("#8B6914", "#6B8E23"))
+    assert np.linalg.norm(red - green) < 10
+
+
+def test_every_text_can_be_read_from_the_back_row():
+    """No text is smaller than 10 points, in figures that are at most 9.6 inches wide."""
+    figures = [poem_figure()]
+    with plots.canvas() as (figure, axes):
+        plots.probability_bars(axes, torch.tensor([0.5, 0.3]), ["a", "b"], "t", torch.tensor([True, False]))
+    figures.append(figure)
+    live = widgets.LiveFigure(
+        2, None, lambda axes: plots.scatter(axes, RAMP.view(-1, 2)), title="t", ylabel="y", alt="a"
+    )
+    for step in (1, 2):
+        live._keep(step, {"a": 1.0, "b": 2.0})
+    figures.append(live._figure("after 2 steps"))
+    for figure in figures:
+        plots.png(figure)
+        sizes = {text.get_fontsize() for text in figure.findobj(matplotlib.text.Text) if text.get_text().strip()}
+        assert min(sizes) >= 10, sizes
 
 
 def test_the_poems_can_be_drawn():

@@ -334,7 +334,7 @@ def test_progress_in_a_notebook_is_one_display_that_is_updated(monkeypatch):
         return Handle()
 
     lines, displays = [], []
-    monkeypatch.setattr("aigc_course.training._in_notebook", lambda: True)
+    monkeypatch.setattr("aigc_course.training.in_notebook", lambda: True)
     monkeypatch.setattr("IPython.display.display", display)
     fit(denoise_step, new_state(), DATA, config(log_every=1))
     assert displays == [True]
