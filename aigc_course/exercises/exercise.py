@@ -9,6 +9,7 @@ import copy
 import html
 import math
 import numbers
+import re
 import signal
 import threading
 import traceback
@@ -43,8 +44,9 @@ class Verdict:
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
         facts = {"exercise": self.exercise, "status": self.status, "mistake": self.mistake, "text": self.text}
-        page = f"<p>{html.escape(repr(self))}</p>"  # JupyterLab breaks lines of plain text within words
-        return {"text/plain": repr(self), "text/html": page, MIME: facts}
+        # JupyterLab breaks lines of plain text within words, those of Markdown between them
+        line = re.sub(r"([\\`*_\[\]$~|#])", r"\\\1", html.escape(repr(self), quote=False))
+        return {"text/plain": repr(self), "text/markdown": line, MIME: facts}
 
 
 class Wrong(Exception):

@@ -246,8 +246,8 @@ def test_the_line_of_an_error_is_told():
 def test_a_verdict_is_a_line_to_read_and_facts_to_count():
     bundle = TOY(square)._repr_mimebundle_()
     assert bundle["text/plain"] == "✓ Exercise 0.1: right."
-    page = exercises.Verdict("0.1", "wrong", "<b> & co.")._repr_mimebundle_()["text/html"]
-    assert page == "<p>✗ Exercise 0.1: &lt;b&gt; &amp; co.</p>"
+    shown = exercises.Verdict("0.1", "wrong", "<b> & *co*, x_1 [k].")._repr_mimebundle_()["text/markdown"]
+    assert shown == r"✗ Exercise 0.1: &lt;b&gt; &amp; \*co\*, x\_1 \[k\]."
     assert bundle[MIME] == {"exercise": "0.1", "status": "right", "mistake": "", "text": "right."}
     assert TOY(None)._repr_mimebundle_()["text/plain"].startswith("…")
     assert repr(TOY(lambda x: -x)).startswith("✗")

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 from aigc_course import course
+from aigc_course.exercises.exercise import MIME
 from conftest import COURSE
 from faults.table import FULL
 
@@ -174,8 +175,8 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
-TAGS = {"parameters", "nbval-check-output"}
-MIMES = {"text/plain", "text/markdown", "image/png"}
+TAGS = {"parameters", "nbval-check-output", "exercise", "hints", "solution", "teacher"}
+MIMES = {"text/plain", "text/markdown", "image/png", MIME}
 TAGS_OF_HTML = {"details", "summary", "p", "br", "sub", "sup"}
 LINK = re.compile(
     r"\]\s*\(\s*<?([^)\s>]+)|^\s*\[[^]]+\]:\s*(\S+)|<([a-z][\w+.-]*:[^>\s]*)>", re.MULTILINE | re.IGNORECASE
@@ -232,6 +233,10 @@ def _faults_of_cell(cell: dict) -> Iterator[str]:
                 yield f"the type {mime}"
             elif mime == "image/png":
                 yield from _faults_of_png("".join(data))
+            elif mime == MIME:
+                if data.keys() != {"exercise", "status", "mistake", "text"}:
+                    yield f"the keys {', '.join(data)} of a verdict"
+                yield from _faults_of_text(" ".join(map(str, data.values())), rendered=False, shown=True)
             else:
                 yield from _faults_of_text("".join(data), rendered=mime == "text/markdown", shown=True)
         for mime, about in output.get("metadata", {}).items():
@@ -330,6 +335,8 @@ POISON = {
     "a picture from elsewhere": markdown("![x](https://example.org/pixel.png)"),
     "an image tag": markdown("<img src=x>"),
     "a frame": markdown("<iframe src='https://example.org'></iframe>"),
+    "a verdict that runs": output(MIME, dict.fromkeys(("exercise", "status", "mistake", "text"), "<script>1</script>")),
+    "a verdict that lacks something": output(MIME, {"exercise": "1.1", "status": "right", "text": ""}),
     "an output in HTML": output("text/html", "<b>bold</b>"),
     "an output that runs": output("application/javascript", "alert(1)"),
     "a widget": output("application/vnd.jupyter.widget-view+json", {"model_id": "x"}),
