@@ -247,7 +247,10 @@ LOOK = """() => {
   return [waiting, failed, pictures];
 }"""
 PIXELS = """async img => {
-  await img.decode();
+  for (let tries = 0; ; tries++) {  // while a picture takes the place of another, neither can be decoded
+    try { await img.decode(); break; }
+    catch (error) { if (tries == 50) throw error; await new Promise(wake => setTimeout(wake, 20)); }
+  }
   const canvas = document.createElement('canvas');
   [canvas.width, canvas.height] = [img.naturalWidth, img.naturalHeight];
   const context = canvas.getContext('2d');
