@@ -38,7 +38,7 @@ test: .venv/.ready ## lint and run every test
 faults: .venv/.ready ## inject every fault as often as tests/faults/table.py says (15 minutes)
 	AIGC_FAULTS=full .venv/bin/python -m pytest tests/faults
 
-browser: .venv/.ready ## drive lessons in JupyterLab with the system's Chromium: build/browser/ (10 minutes)
+browser: .venv/.ready ## drive lessons in JupyterLab with the system's Chromium: build/browser/ (4 minutes)
 	.venv/bin/python -m pytest -s tests/browser/lessons.py
 
 bench: .venv/.ready ## time the course beside what one would use instead: benchmarks/RESULTS.md (25 minutes, an idle machine)
